@@ -1,0 +1,1 @@
+"""Foundations that know no method and no modality."""
