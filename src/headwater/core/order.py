@@ -1,0 +1,90 @@
+"""The order of data, as a function: which item stands at position i of an endless stream.
+
+    epoch(i) = i // n,    item(i) = permutation(seed, epoch(i), n)[i mod n]
+
+Nothing is drawn in sequence, so seeking to a position costs what reading it costs, and any number of workers,
+processes or restarts sees the same stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from headwater.core.rng import derive_seed, hash_bits
+
+__all__ = ["VirtualIndex", "permutation"]
+
+
+def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """Return the order of ``n`` items in one epoch, ``(n,)`` int64.
+
+    Items are sorted by a hash of (seed, epoch, item) instead of being shuffled by a generator, whose stream may change
+    from one version of a library to the next.
+
+    Args:
+        seed: any integer.
+        epoch: >= 0.
+        n: number of items, >= 0.
+
+    Raises:
+        ValueError: ``epoch`` or ``n`` is negative.
+
+    Example:
+        >>> sorted(permutation(0, 3, 5).tolist())
+        [0, 1, 2, 3, 4]
+    """
+    if epoch < 0 or n < 0:
+        raise ValueError(f"epoch and n must be >= 0; got epoch={epoch}, n={n}.")
+    keys = hash_bits(derive_seed(seed, "order"), np.arange(n, dtype=np.int64), 1, stream=epoch)[:, 0]
+    return np.argsort(keys, kind="stable")
+
+
+@dataclass(frozen=True)
+class VirtualIndex:
+    """An endless, seekable walk over ``n`` items, shuffled anew in every epoch.
+
+    The two latest epochs' permutations are kept, enough for a batch that straddles a border; they are a cache and never
+    change an answer.
+
+    Args:
+        n: number of items, >= 1.
+        seed: any integer.
+
+    Raises:
+        ValueError: ``n`` is not positive.
+    """
+
+    n: int
+    seed: int
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"a virtual index needs at least one item; got n={self.n}.")
+
+    def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (epoch, item) of each position; all three have the same shape, int64.
+
+        Raises:
+            ValueError: a position is negative.
+        """
+        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.n)
+        if epochs.size and epochs.min() < 0:
+            raise ValueError(f"positions must be >= 0; got {int(np.min(positions))}.")
+        items = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            items[here] = self._order(int(epoch))[offsets[here]]
+        return epochs, items
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = permutation(self.seed, epoch, self.n)
+            for stale in list(self._orders)[:-1]:
+                self._orders.pop(stale, None)
+            self._orders[epoch] = order
+        return order
