@@ -1,0 +1,78 @@
+"""The one training loop: phases, exact budgets, exact accumulation, exact resumption.
+
+The order of data is a pure function of the step (`BatchStream`), and random draws in the forward pass are seeded by
+(seed, phase, step, micro-batch, rank). A continued run therefore does bit for bit what the uninterrupted one would have
+done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from headwater.core.budget import Budget, Meter
+from headwater.core.loop import Loop
+from headwater.core.optim import OptimSpec
+from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase, Trained
+from headwater.core.signals import Interrupted, StopSignals
+
+__all__ = ["BatchStream", "FitSettings", "Interrupted", "NonFiniteLoss", "Phase", "Trained", "fit"]
+
+
+def fit(
+    phase: Phase,
+    *,
+    budget: Budget,
+    optim: OptimSpec,
+    seed: int,
+    directory: Path,
+    settings: FitSettings | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    eval_at: Sequence[float] = (),
+    meter: Meter | None = None,
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+    resume: bool = True,
+) -> Trained:
+    """Train one phase, in place.
+
+    Steps, tokens and FLOPs become a number of rows up front and are met to one row: the last batch takes fewer. Seconds
+    run by the clock, over reading data, forward, backward and update; measuring, evaluation and checkpoints are not
+    charged.
+
+    Args:
+        phase: what is trained on what.
+        budget: of the whole run; this phase spends ``phase.share`` of it.
+        optim: used unless the phase brings its own.
+        seed: of dropout and other draws in the forward pass. Data order is the stream's.
+        directory: of the run; checkpoints go to ``checkpoints/<phase>`` in it.
+        settings: how it is executed.
+        evaluate: called with the model in ``eval()``, in every process; its metrics make the trajectory. Autograd is
+            left on.
+        eval_at: fractions of the phase's budget at which to evaluate; 0 is before the first step.
+        meter: is charged with what the phase cost, once, when it ends; a continued phase charges all of it.
+        on_metrics: receives ``step, tokens, seconds, loss, lr, grad_norm`` and the objective's metrics, and rows of the
+            trajectory, in the main process only.
+        resume: continue from the newest complete checkpoint in ``directory``; a finished phase returns at once.
+
+    Raises:
+        NonFiniteLoss: before the optimizer moves.
+        Interrupted: SIGTERM or SIGINT, after a checkpoint.
+        CheckpointError: the checkpoint is damaged, or was written with other data, seed, budget or settings.
+        FileExistsError: ``resume`` is false and there is a checkpoint.
+        UncountedFlops: a budget in FLOPs, and an operation without a formula.
+        ValueError: no budget, nothing to train, a budget of less than one row.
+    """
+    loop = Loop(phase, budget.scaled(phase.share), optim, seed, directory, settings or FitSettings())
+    with torch.random.fork_rng(devices=loop.cuda_devices), StopSignals() as stop:
+        finished = loop.restore(resume)
+        if not finished:
+            loop.train(stop, evaluate, sorted(eval_at), on_metrics)
+    loop.close()
+    if meter is not None:
+        meter.add(loop.cost())
+    if stop.signum:
+        raise Interrupted(stop.signum, loop.progress.step)
+    return loop.trained()

@@ -1,0 +1,110 @@
+"""AdamW with the settings that a recipe holds: parameter groups, schedules, and the optimizer itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+__all__ = ["OptimSpec", "build_optimizer", "lr_factor", "parameter_groups"]
+
+
+class OptimSpec(BaseModel):
+    """How weights are moved: AdamW, a schedule over the fraction of the budget spent, clipping by global norm.
+
+    Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101; inverse square root:
+    Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, equation 3.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    lr: float = Field(default=1e-4, gt=0, description="Highest learning rate, reached at the end of warmup.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="Decay of AdamW's first and second moment, in [0, 1)."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="Decoupled decay of matrices; vectors and scalars have none."
+    )
+    warmup: float = Field(
+        default=0.03, ge=0, lt=1, description="Fraction of the budget over which the rate rises from 0."
+    )
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "triangle"] = Field(
+        default="cosine",
+        description="Shape after warmup. 'triangle' ignores warmup: up to the middle of the budget, then down.",
+    )
+    final_lr: float = Field(
+        default=0.1, ge=0, le=1, description="Rate at the end, as a fraction of lr; 'constant' ignores it."
+    )
+    clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm; null for none.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimSpec:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1); got {self.betas}.")
+        if self.schedule == "inverse_sqrt" and self.warmup == 0:
+            raise ValueError("schedule 'inverse_sqrt' decays from the end of warmup, so warmup must be above 0; got 0.")
+        return self
+
+
+def lr_factor(spec: OptimSpec, progress: float) -> float:
+    """What to multiply ``spec.lr`` by when a fraction ``progress`` of the budget has been spent.
+
+    Args:
+        spec: its ``warmup``, ``schedule`` and ``final_lr`` are read.
+        progress: in [0, 1]; values outside are clamped (the clock of a budget in seconds overruns).
+
+    Returns:
+        In [0, 1].
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    floor = spec.final_lr
+    if spec.schedule == "triangle":
+        return 2 * progress if progress <= 0.5 else floor + (1 - floor) * (2 - 2 * progress)
+    if progress < spec.warmup:
+        return progress / spec.warmup
+    after = (progress - spec.warmup) / (1 - spec.warmup)
+    if spec.schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * after))
+    if spec.schedule == "linear":
+        return floor + (1 - floor) * (1 - after)
+    if spec.schedule == "inverse_sqrt":
+        return max(floor, math.sqrt(spec.warmup / progress))
+    return 1.0
+
+
+def _trainable(model: nn.Module | Sequence[nn.Module]) -> list[nn.Parameter]:
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
+
+
+def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> list[dict[str, object]]:
+    """Two groups: matrices (two dimensions or more) with weight decay, vectors and scalars without.
+
+    Parameters that several modules share stand once, frozen ones not at all, and empty groups are left out.
+    """
+    parameters = _trainable(model)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups: list[dict[str, object]] = [
+        {"params": matrices, "weight_decay": spec.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> torch.optim.AdamW:
+    """AdamW over everything trainable in one module or several; one fused kernel on CPU and CUDA.
+
+    Raises:
+        ValueError: nothing requires a gradient.
+    """
+    groups = parameter_groups(model, spec)
+    if not groups:
+        raise ValueError("nothing to train: no parameter of the model or of the objective requires a gradient.")
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in _trainable(model))
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)

@@ -1,0 +1,1 @@
+"""Foundations per kind of data; they know no method."""

@@ -1,0 +1,1 @@
+"""Text: documents, tokenizers, packing, small models, scores."""
