@@ -70,6 +70,7 @@ class Base:
 
 
 BASES = {
+    "smoke-base": Base(hidden=32, layers=1, heads=2, mlp=64, vocab=512, context=64, rows=8, steps=10),
     "demo-base": Base(),
     "small-base": Base(hidden=96, layers=2, mlp=256, vocab=1024, rows=16, steps=160, lr=5e-3),
     "small-masked": Base(kind="masked", hidden=96, layers=2, mlp=384, vocab=1024, rows=16, steps=160, lr=3e-3),

@@ -94,9 +94,15 @@ def open_encoder(ref: ModelRef) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         ModelError: see ``load_model``.
     """
+    import torch
+
     from headwater.modalities.models import load_model, load_tokenizer
 
-    return load_model(ref, "none"), load_tokenizer(ref)
+    # Weights that a checkpoint lacks, such as the pooler of one saved with a language-model head, are drawn from the
+    # global generator: from the same state each time, or the model would have another fingerprint at every opening.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return load_model(ref, "none"), load_tokenizer(ref)
 
 
 def text_array(texts: Sequence[str]) -> NDArray[Any]:  # Any: texts

@@ -1,0 +1,1 @@
+"""Claims: one experiment per method, under the method's file name."""

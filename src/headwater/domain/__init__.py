@@ -1,0 +1,1 @@
+"""Domain: continued pretraining toward a domain, a language, a context length."""

@@ -1,0 +1,205 @@
+"""The four answers about an adapted model, measured the same way for every method of the stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from headwater.core.cache import cached_json
+from headwater.core.fit import Trained
+from headwater.core.recipe import Metrics
+from headwater.core.rng import derive_seed
+from headwater.domain.adaptation import Adaptation
+from headwater.domain.corpus import held_out_sample
+from headwater.domain.gap import gap
+from headwater.modalities.text.docs import Document, fingerprint
+from headwater.modalities.text.score import Scored, bits_per_byte, linear_probe, masked_bits
+from headwater.modalities.text.sources import open_labelled
+
+if TYPE_CHECKING:
+    from headwater.core.run import Run
+    from headwater.domain.base import ContinuedPretraining
+
+__all__ = ["Evaluation"]
+
+MIDWAY_CHARS = 20_000
+MIDWAY_DOCUMENT_CHARS = 1_000
+VALIDATION_CHARS = 100_000
+COMPLETION_TOKENS = 40
+
+
+class Evaluation:
+    """Scores the starting model, the model on its way, and the adapted model.
+
+    The final figures are on the test documents, whole; figures on the way are on one fixed subsample of the
+    validation documents; ``valid/...`` is what hyperparameters may be chosen by.
+    """
+
+    def __init__(self, recipe: ContinuedPretraining, ctx: Adaptation, run: Run) -> None:
+        self.recipe, self.ctx, self.run = recipe, ctx, run
+        prepared = ctx.prepared
+        self.test = {"domain": held_out_sample(prepared.domain_test, recipe.eval_chars)}
+        self.valid = {"domain": _first(prepared.domain.valid or prepared.domain.train)}
+        if prepared.general is not None:
+            self.test["general"] = held_out_sample(prepared.general_test, recipe.eval_chars)
+            self.valid["general"] = _first(prepared.general.valid or prepared.general.train)
+        self.sub = {role: _excerpts(documents) for role, documents in self.valid.items()}
+        self.tasks = {task.name: open_labelled(task.data, role=f"downstream {task.name}") for task in recipe.downstream}
+        self.trajectory: dict[str, list[tuple[float, float]]] = {}
+        self._tokens_before = 0.0
+        unit = "bits/byte" if ctx.head == "causal" else "bits/masked token"
+        run.notes["unit"] = unit
+
+    def before(self) -> None:
+        """Score the starting model; kept in the user cache, since every contestant starts there."""
+        about = {
+            "model": self.ctx.start_fingerprint,
+            "documents": {role: fingerprint(documents) for role, documents in sorted(self.test.items())},
+            "valid": {role: fingerprint(documents) for role, documents in sorted(self.valid.items())},
+            "tasks": [task.model_dump(mode="json") for task in self.recipe.downstream],
+            "seq_len": self.ctx.seq_len,
+            "tokenizer": len(self.ctx.tokenizer),
+            "version": 2,
+        }
+        self.start: dict[str, Any] = cached_json(
+            "start-scores", about, lambda: self._score_all(self.ctx.start(lora=False))
+        )
+        if self.recipe.prompts:
+            self._samples = [{"model": "before", **sample} for sample in self._complete(self.ctx.start(lora=False))]
+
+    def _score_all(self, model: nn.Module) -> dict[str, Any]:  # Any: JSON data
+        scored = {role: self._score(model, documents) for role, documents in self.test.items()}
+        valid = {role: self._score(model, documents).bits_per_unit for role, documents in self.valid.items()}
+        return {
+            "items": {role: [s.nats.tolist(), s.counts.tolist()] for role, s in scored.items()},
+            "valid": valid,
+            "probe": {name: self._probe(model, name).tolist() for name in self.tasks},
+        }
+
+    def _score(self, model: nn.Module, documents: Sequence[Document]) -> Scored:
+        language_model = cast(Any, model)  # Any: PEFT models answer as the language model they wrap
+        if self.ctx.head == "causal":
+            return bits_per_byte(language_model, self.ctx.tokenizer, documents, window=self.ctx.seq_len)
+        return masked_bits(language_model, self.ctx.tokenizer, documents, window=self.ctx.seq_len)
+
+    def _probe(self, model: nn.Module, name: str) -> NDArray[np.float64]:
+        texts, labels = self.tasks[name]
+        task = next(task for task in self.recipe.downstream if task.name == name)
+        seeds = [derive_seed(0, "probe", name, draw) % 2**32 for draw in range(task.draws)]
+        probe = linear_probe(
+            cast(Any, model),
+            self.ctx.tokenizer,
+            texts,
+            labels,
+            task.num_labels,
+            seeds,
+            window=self.ctx.seq_len,  # Any: see _score
+        )
+        return probe.accuracy
+
+    def midway(self, model: nn.Module) -> dict[str, float]:
+        """Bits per unit on the fixed subsample; what ``fit`` calls at ``eval_at``."""
+        return {f"{role}/bpb": self._score(model, documents).bits_per_unit for role, documents in self.sub.items()}
+
+    def add_trajectory(self, trained: Trained) -> None:
+        """Append a phase's trajectory, its tokens counted from the beginning of the run."""
+        for point in trained.trajectory:
+            for name, value in point.items():
+                series = self.trajectory.setdefault(name, []) if name.endswith("/bpb") else None
+                tokens = self._tokens_before + point["tokens"]
+                if series is not None and (not series or series[-1][0] < tokens):  # two points may share a step
+                    series.append((tokens, value))
+        self._tokens_before += trained.tokens
+
+    def after(self, model: nn.Module) -> Metrics:
+        """Score the adapted model, write the run's files, and return the metrics."""
+        model.eval()
+        end = self._score_all(model)
+        metrics: Metrics = {}
+        items: dict[str, Any] = {}  # Any: JSON data
+        for role, documents in self.test.items():
+            before, after, size = (
+                *(_bits(side["items"][role]) for side in (self.start, end)),
+                _mean_size(end["items"][role]),
+            )
+            metrics[f"{role}/bpb_start"], metrics[f"{role}/bpb"] = (
+                float(before.mean() / size),
+                float(after.mean() / size),
+            )
+            better = (before - after) / size
+            name, values = ("domain/gain", better) if role == "domain" else ("general/forgetting", -better)
+            metrics[name] = float(values.mean())
+            items[name] = {"ids": [d.id for d in documents], "values": values.tolist()}
+            metrics[f"valid/{role}_bpb"] = end["valid"][role]
+        if "general" in self.test:
+            metrics["valid/general_forgetting"] = end["valid"]["general"] - self.start["valid"]["general"]
+            metrics |= self._worst()
+        for name in self.tasks:
+            first, last = np.array(self.start["probe"][name]), np.array(end["probe"][name])
+            metrics |= {
+                f"downstream/{name}/accuracy_start": float(first.mean()),
+                f"downstream/{name}/accuracy": float(last.mean()),
+                f"downstream/{name}/gain": float((last - first).mean()),
+            }
+        self.run.write_json("items.json", items)
+        if self.trajectory:
+            self.run.write_json("trajectory.json", {"x": "tokens", "series": self.trajectory})
+        if self.recipe.prompts:
+            completed = [{"model": "after", **sample} for sample in self._complete(model)]
+            self.run.write_json("samples.json", self._samples + completed)
+        return metrics
+
+    def _worst(self) -> Metrics:
+        """The highest forgetting on the way, on the subsample, and after how many tokens it was seen."""
+        series = self.trajectory.get("general/bpb")
+        if not series:
+            return {}
+        found = gap(np.array([x for x, _ in series]), np.array([y for _, y in series]))
+        self.run.write_json("gap.json", {k: None if math.isinf(v) else v for k, v in asdict(found).items()})
+        return {"general/worst": found.depth, "general/worst_at": found.at}
+
+    def _complete(self, model: nn.Module) -> list[dict[str, str]]:
+        """Greedy completions of the recipe's prompts; a masked model completes nothing."""
+        if self.ctx.head != "causal":
+            return []
+        found = []
+        tokenizer, generator = self.ctx.tokenizer, cast(Any, model)  # Any: generate is not declared on nn.Module
+        for prompt in self.recipe.prompts:
+            inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(generator.device)
+            with torch.inference_mode():
+                output = generator.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=COMPLETION_TOKENS,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            found.append({"prompt": prompt, "text": text})
+        return found
+
+
+def _bits(item: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    return np.asarray(item[0]) / math.log(2)
+
+
+def _mean_size(item: Sequence[Sequence[float]]) -> float:
+    # Dividing each document's bits by the mean size makes their mean the corpus figure: total bits / total units.
+    return float(np.mean(item[1]))
+
+
+def _first(documents: Sequence[Document]) -> list[Document]:
+    return held_out_sample(documents, VALIDATION_CHARS, at_least=1)
+
+
+def _excerpts(documents: Sequence[Document]) -> list[Document]:
+    """The first 1,000 characters of documents, 20,000 in all: small enough to score nine times per run."""
+    cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in documents]
+    return held_out_sample(cut, MIDWAY_CHARS, at_least=1)

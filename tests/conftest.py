@@ -1,0 +1,93 @@
+"""Shared by all tests: a cache of their own, and small text, models and recipes made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Set before anything reads it; tests neither use nor touch the user's cache.
+os.environ["HEADWATER_CACHE"] = os.environ.get("HEADWATER_TEST_CACHE") or tempfile.mkdtemp(prefix="headwater-tests-")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SYLLABLES = {
+    "domain": ["graph", "node", "edge", "path", "tree", "flow", "cut"],
+    "general": ["sum", "mean", "row", "axis", "sort", "fill", "cast"],
+}
+
+
+def sentences(kind: str, count: int, *, seed: int = 0, words: int = 160) -> list[str]:
+    """Texts of about a kilobyte in a small language of their own kind, no two alike."""
+    rng = np.random.default_rng([seed, len(kind)])
+    stems = SYLLABLES[kind]
+    texts = []
+    for _ in range(count):
+        drawn = rng.integers(len(stems), size=words)
+        suffixes = rng.choice(["", "s", "_of", "er", "ed"], size=words)
+        texts.append(" ".join(stems[d] + s for d, s in zip(drawn, suffixes, strict=True)) + ".")
+    return texts
+
+
+def write_corpus(path: Path, kind: str, count: int = 260) -> Path:
+    """A JSON-lines corpus with ids."""
+    lines = [
+        json.dumps({"id": f"{kind}-{i}", "text": text, "source": f"s{i % 2}"})
+        for i, text in enumerate(sentences(kind, count))
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``domain`` and ``general``: paths of two small corpora."""
+    root = tmp_path_factory.mktemp("corpora")
+    return {kind: write_corpus(root / f"{kind}.jsonl", kind) for kind in ("domain", "general")}
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a Llama of 16 x 1 with random weights and its tokenizer."""
+    from headwater.modalities.text.tiny import tiny_llama
+    from headwater.modalities.text.tokenizers import train_bpe
+
+    target = tmp_path_factory.mktemp("models") / "causal"
+    tokenizer = train_bpe([*sentences("domain", 20), *sentences("general", 20)], 320)
+    tiny_llama(tokenizer, hidden=16, layers=1, heads=2, mlp=32, context=64, generator_seed=0).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a BERT of 16 x 1 with random weights and its tokenizer."""
+    from headwater.modalities.text.tiny import tiny_bert
+    from headwater.modalities.text.tokenizers import train_bpe
+
+    target = tmp_path_factory.mktemp("models") / "masked"
+    tokenizer = train_bpe([*sentences("domain", 20), *sentences("general", 20)], 320, extra_tokens=("<mask>",))
+    tiny_bert(tokenizer, hidden=16, layers=1, heads=2, mlp=32, context=64, generator_seed=0).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def domain_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any recipe of the stage ``domain`` run in about a second."""
+    return {
+        "model": str(tiny_causal),
+        "domain": str(corpora["domain"]),
+        "general": str(corpora["general"]),
+        "seq_len": 32,
+        "batch_tokens": 256,
+        "budget": {"steps": 6},
+        "optim": {"lr": 3e-3},
+        "eval_at": [0.0, 0.5, 1.0],
+        "eval_chars": 5_000,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
