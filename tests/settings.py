@@ -1,0 +1,56 @@
+"""Fields with which each recipe of the catalogue runs in seconds: the one table behind the contract suite.
+
+A new method adds nothing here if its family's default will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FAMILIES", "Setting", "opens_as_language_model", "setting"]
+
+
+def opens_as_language_model(model: Path) -> None:
+    """The directory opens in transformers and gives finite logits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    opened = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+    tokens = AutoTokenizer.from_pretrained(model)("graph path", return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        assert torch.isfinite(opened(input_ids=tokens["input_ids"]).logits).all()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the contract suite runs one family or method.
+
+    Attributes:
+        fixture: name of the pytest fixture that gives the fields.
+        opens: opens ``model/`` without Headwater and checks something about it.
+        extra: fields of single methods, by id.
+        seeded: whether another seed must give another result; closed forms on fixed data need not.
+    """
+
+    fixture: str
+    opens: Callable[[Path], None]
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unseeded: frozenset[str] = frozenset()
+
+
+FAMILIES: dict[str, Setting] = {
+    "domain": Setting(
+        fixture="domain_fields",
+        opens=opens_as_language_model,
+        extra={"stability_gap": {"keep_fraction": 0.5}},
+        unseeded=frozenset({"frozen"}),
+    ),
+}
+
+
+def setting(stage: str) -> Setting:
+    """The setting of a stage; a stage without one is a family whose methods no contract holds."""
+    return FAMILIES[stage]
