@@ -1,0 +1,1 @@
+"""Continual: tasks that arrive one after another."""
