@@ -14,6 +14,7 @@ import typer
 
 from headwater import __version__
 from headwater.core.catalogue import Catalogue, Entry
+from headwater.core.signals import Interrupted
 
 if TYPE_CHECKING:
     from headwater.core.compare import Comparison
@@ -48,14 +49,11 @@ def _root(
 def main() -> None:
     """Entry point of ``headwater``: user errors become one message and exit code 2, signals 128 + number."""
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        app()
+    except Interrupted as stopped:
+        typer.echo(f"stopped: {stopped}", err=True)
+        sys.exit(128 + stopped.signum)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
-        signum = getattr(error, "signum", None)
-        if signum is not None:
-            typer.echo(f"stopped: {error}", err=True)
-            sys.exit(128 + int(signum))
         if "--debug" in sys.argv:
             raise
         typer.echo(f"error: {error}", err=True)

@@ -34,9 +34,9 @@ GAIN, PRICE = Axis("gain", "Gain", "higher"), Axis("price", "Price", "lower")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with toy_family.installed(tmp_path_factory.mktemp("site")) as directory:
-        yield directory
+def _toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with toy_family.installed(tmp_path_factory.mktemp("site")):
+        yield
 
 
 def parse(contestants: dict[str, Any], **fields: Any) -> Comparison:
@@ -158,13 +158,15 @@ compare(Comparison.load(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]), g
 """
 
 
-def test_fault_stopped_comparison_continues(tmp_path: Path, site: Path) -> None:
+def test_fault_stopped_comparison_continues(tmp_path: Path) -> None:
     out, tally, release = tmp_path / "out", tmp_path / "tally", tmp_path / "release"
     slow = {"method": "slow", "release": str(release), "gain": [0.2]}
     comparison = parse({"slow": slow, "late": good()}, shared={"tally": str(tally)}, seeds=[0], workers=1)
     (tmp_path / "comparison.yaml").write_text(comparison.to_yaml())
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "comparison.yaml"), str(out)]
-    caller = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(site)}, stderr=subprocess.DEVNULL)
+    caller = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.DEVNULL
+    )
     end = time.monotonic() + 20
     while not list(out.glob("runs/slow/*/began")):
         assert time.monotonic() < end

@@ -95,9 +95,10 @@ run_tasks([Task("a", {"method": "slow"}, out / "a")], workers=1, log=out / "work
 
 
 def start_caller(tmp_path: Path) -> subprocess.Popen[bytes]:
-    site = next(path for path in sys.path if (Path(path) / "toyfamily").is_dir())
-    environment = {**os.environ, "PYTHONPATH": site}
-    caller = subprocess.Popen([sys.executable, "-c", CALLER, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    caller = subprocess.Popen(
+        [sys.executable, "-c", CALLER, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL, process_group=0
+    )
     wait_for((tmp_path / "a" / "began").exists)
     return caller
 
@@ -105,8 +106,9 @@ def start_caller(tmp_path: Path) -> subprocess.Popen[bytes]:
 def test_fault_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path) -> None:
     caller = start_caller(tmp_path)
     worker = int((tmp_path / "a" / ".lock").read_text())
-    caller.send_signal(signal.SIGINT)
+    os.killpg(caller.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
     assert caller.wait(20) == -signal.SIGINT
+    assert "SIGTERM" in (tmp_path / "a" / "result.json").read_text()  # the worker heard it from its parent only
     assert (tmp_path / "a" / "checkpointed").exists()
     assert gone(worker)
 

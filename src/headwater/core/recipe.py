@@ -248,7 +248,7 @@ def recipe_data(recipe: Recipe) -> dict[str, Any]:  # Any: JSON data
 
 
 def _shorten(data: Any, value: Any) -> Any:  # Any: dumped data beside the value it came from
-    if isinstance(value, _Named) and value.model_fields_set <= {"name"}:
+    if isinstance(value, _Named) and value == type(value)(name=value.name):
         return value.name
     if isinstance(value, BaseModel):
         return {key: _shorten(data[key], getattr(value, key)) for key in type(value).model_fields}

@@ -38,13 +38,10 @@ _PlainLoader.yaml_implicit_resolvers = {
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load_yaml(text: str, *, source: str = "YAML text") -> Any:  # Any: YAML holds whatever it holds
@@ -74,9 +71,16 @@ def read_yaml(path: Path) -> Any:  # Any: see load_yaml
 
 def dump_yaml(data: Any) -> str:  # Any: see load_yaml
     """Write plain data as block YAML, keys in the order given; ``load_yaml`` reads back the same data."""
-    return yaml.dump(
-        data, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110
+    text = _dump(data, allow_unicode=True)
+    # PyYAML writes these line breaks raw and reads them back as another; escaped they survive.
+    return _dump(data, allow_unicode=False) if any(c in text for c in "\x85\u2028\u2029") else text
+
+
+def _dump(data: Any, *, allow_unicode: bool) -> str:  # Any: see load_yaml
+    text: str = yaml.dump(
+        data, Dumper=_PlainDumper, sort_keys=False, allow_unicode=allow_unicode, default_flow_style=False, width=110
     )
+    return text
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -93,3 +97,5 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 _PlainDumper.add_representer(float, _represent_float)
+# Text that either version of YAML would take for something else is quoted.
+_PlainDumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))

@@ -180,7 +180,7 @@ FAMILY = Family(
     selection=Axis("valid/domain_bpb", "Validation, domain", "lower", "bits/byte"),
     selection_price="valid/general_forgetting",
     references={
-        "frozen": {"method": "frozen"},
+        "frozen": {"method": "frozen", "tune": {}},
         "scratch": {"method": "scratch"},
         "plain": {"method": "plain"},
         "replay": {"method": "plain", "replay": 0.25},
