@@ -91,3 +91,77 @@ def domain_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obje
         "eval_chars": 5_000,
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a BERT encoder of 32 x 1 with random weights and its tokenizer."""
+    from headwater.modalities.text.tiny import tiny_bert
+    from headwater.modalities.text.tokenizers import train_bpe
+
+    target = tmp_path_factory.mktemp("models") / "encoder"
+    tokenizer = train_bpe([*sentences("domain", 20), *sentences("general", 20)], 320, extra_tokens=("<mask>",))
+    tiny_bert(tokenizer, hidden=32, layers=1, heads=2, mlp=32, context=64, generator_seed=0).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``train`` and ``test``: texts of six classes, each a favourite word among others."""
+    root = tmp_path_factory.mktemp("labelled")
+    words = [*SYLLABLES["domain"], *SYLLABLES["general"]]
+    rng = np.random.default_rng(0)
+    paths = {}
+    for name, per_class in (("train", 16), ("test", 10)):
+        paths[name] = root / f"{name}.jsonl"
+        with paths[name].open("w", encoding="utf-8") as stream:
+            for label in words[:6]:
+                for _ in range(per_class):
+                    drawn = [label if rng.random() < 0.25 else str(rng.choice(words)) for _ in range(12)]
+                    stream.write(json.dumps({"text": " ".join(drawn), "label": label}) + "\n")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def adapt_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any head of the stage ``adapt`` run in about a second."""
+    return {
+        "model": str(tiny_encoder),
+        "train": str(labelled["train"]),
+        "test": str(labelled["test"]),
+        "shots": 8,
+    }
+
+
+@pytest.fixture(scope="session")
+def continual_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any learner of the stage ``continual`` run in about a second."""
+    stream = {"data": str(labelled["train"]), "test": str(labelled["test"]), "increment": 2}
+    return {"model": str(tiny_encoder), "stream": stream}
+
+
+@pytest.fixture(scope="session")
+def compose_fields(
+    tiny_causal: Path, corpora: dict[str, Path], labelled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """Fields that make any recipe of the stage ``compose`` run in about a second: a base and two models near it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root = tmp_path_factory.mktemp("parts")
+    for number, role in enumerate(("domain", "instruct")):
+        model = AutoModelForCausalLM.from_pretrained(tiny_causal)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(root / role)
+        AutoTokenizer.from_pretrained(tiny_causal).save_pretrained(root / role)
+    return {
+        "models": {"base": str(tiny_causal), "domain": str(root / "domain"), "instruct": str(root / "instruct")},
+        "suites": {
+            "text": {"kind": "bits_per_byte", "corpus": str(corpora["domain"]), "held_out": 0.1},
+            "answers": {"kind": "choice", "data": str(labelled["test"]), "metric": "cross_entropy"},
+        },
+    }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FAMILIES", "Setting", "opens_as_language_model", "setting"]
+__all__ = ["FAMILIES", "Setting", "opens_as_language_model", "opens_as_safetensors", "setting"]
 
 
 def opens_as_language_model(model: Path) -> None:
@@ -22,6 +22,17 @@ def opens_as_language_model(model: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(model)("graph path", return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         assert torch.isfinite(opened(input_ids=tokens["input_ids"]).logits).all()
+
+
+def opens_as_safetensors(model: Path) -> None:
+    """Its weights open in safetensors and are finite."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    files = list(model.glob("*.safetensors"))
+    assert files
+    for path in files:
+        assert all(np.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,13 @@ FAMILIES: dict[str, Setting] = {
         extra={"stability_gap": {"keep_fraction": 0.5}},
         unseeded=frozenset({"frozen"}),
     ),
+    "compose": Setting(
+        fixture="compose_fields",
+        opens=opens_as_language_model,
+        unseeded=frozenset({"single_part", "average", "instruction_vector"}),
+    ),
+    "adapt": Setting(fixture="adapt_fields", opens=opens_as_safetensors),
+    "continual": Setting(fixture="continual_fields", opens=opens_as_safetensors),
 }
 
 

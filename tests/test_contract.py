@@ -106,7 +106,7 @@ def test_rejects_an_unknown_field_with_the_nearest_name(entry: Entry, request: p
 def test_rejects_a_mutated_value_in_every_field_by_its_path(entry: Entry, request: pytest.FixtureRequest) -> None:
     data = recipe_data(load_recipe(fields_of(entry, request)))
     for name in entry.recipe_class().model_fields:
-        for wrong in ({"no such": "thing"}, [["nested"]]):
+        for wrong in ({"no such": ["deep"]}, [["nested"]]):
             with pytest.raises(RecipeError, match=name):
                 load_recipe({**data, name: wrong})
 

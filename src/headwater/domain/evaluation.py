@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation"]
 
-MIDWAY_CHARS = 20_000
+MIDWAY_CHARS = 12_000
 MIDWAY_DOCUMENT_CHARS = 1_000
 VALIDATION_CHARS = 100_000
 COMPLETION_TOKENS = 40
@@ -200,6 +200,6 @@ def _first(documents: Sequence[Document]) -> list[Document]:
 
 
 def _excerpts(documents: Sequence[Document]) -> list[Document]:
-    """The first 1,000 characters of documents, 20,000 in all: small enough to score nine times per run."""
+    """The first 1,000 characters of documents, 12,000 in all: small enough to score nine times per run."""
     cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in documents]
     return held_out_sample(cut, MIDWAY_CHARS, at_least=1)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +89,13 @@ def builtin_model(name: str) -> Path:
         return minilm_directory()
     if name not in BASES:
         raise ValueError(f"no builtin model {name!r}; there are {', '.join(sorted((*BASES, 'minilm')))}")
-    return trained_base(BASES[name])
+    return _in_this_process(BASES[name])
+
+
+@cache
+def _in_this_process(base: Base) -> Path:
+    # Finding a base means reading its corpus, which takes a second; a process asks several times.
+    return trained_base(base)
 
 
 def trained_base(base: Base, *, progress: Callable[[str], None] = lambda line: None) -> Path:

@@ -1,0 +1,1 @@
+"""Adapt: to a task: heads, PEFT, prompts, fine-tuning, few-shot."""

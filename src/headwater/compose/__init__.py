@@ -1,0 +1,1 @@
+"""Compose: merge, graft, route, ensemble models that exist already."""
