@@ -108,7 +108,8 @@ def test_fault_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path) -> None:
     worker = int((tmp_path / "a" / ".lock").read_text())
     os.killpg(caller.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
     assert caller.wait(20) == -signal.SIGINT
-    assert "SIGTERM" in (tmp_path / "a" / "result.json").read_text()  # the worker heard it from its parent only
+    assert "SIGTERM" in (tmp_path / "a" / "log.txt").read_text()  # the worker heard it from its parent only
+    assert not (tmp_path / "a" / "result.json").exists(), "the run is not over"
     assert (tmp_path / "a" / "checkpointed").exists()
     assert gone(worker)
 

@@ -54,7 +54,7 @@ def test_property_each_block_of_the_subset_is_read_epochs_times(domain_fields: F
     recipe = recipe_of(domain_fields, budget={"steps": 60}, epochs=4, quality="none")
     with Run(tmp_path / "a", recipe) as run:
         ctx = Adaptation.open(recipe, run)
-        subset = recipe._subset(ctx, list(ctx.domain.train))
+        subset = recipe._subset(ctx, ctx.domain.train)
         stream = ctx.mix([(subset, 0.8), (ctx.general.train, 0.2)])  # type: ignore[union-attr]
         rows = [row for step in range(60) for row in _rows(stream.batch(step), part=0)]
     counts = np.array(list({row: rows.count(row) for row in set(rows)}.values()))
@@ -99,7 +99,7 @@ def test_degenerate_a_subset_larger_than_the_corpus_is_the_corpus(domain_fields:
     recipe = recipe_of(domain_fields, budget={"tokens": 1_500_000}, epochs=1)
     with Run(tmp_path / "a", recipe) as run:
         ctx = Adaptation.open(recipe, run)
-        assert recipe._subset(ctx, list(ctx.domain.train)) == list(ctx.domain.train)
+        assert recipe._subset(ctx, ctx.domain.train).ids() == ctx.domain.train.ids()
 
 
 def test_property_scores_from_a_file_and_the_models_own_are_used(domain_fields: Fields, tmp_path: Path) -> None:

@@ -145,7 +145,6 @@ class CorpusRef(_Named):
     text_field: Name = Field(default="text", description="column that holds the text")
     limit_documents: int | None = Field(default=None, gt=0, description="read at most so many documents")
     limit_chars: int | None = Field(default=None, gt=0, description="stop after so many characters")
-    streaming: bool = Field(default=False, description="stream a Hub data set instead of downloading it whole")
 
 
 class DataRef(_Named):

@@ -31,6 +31,7 @@ from typing import Any, Self, TextIO
 from headwater import __version__
 from headwater.core.cache import atomic_write_text
 from headwater.core.recipe import Metrics, Recipe, load_recipe, recipe_data
+from headwater.core.signals import Interrupted
 
 __all__ = ["Result", "Run", "RunError", "check_name", "environment", "execute", "read_result"]
 
@@ -231,6 +232,9 @@ def execute(recipe: Recipe, directory: Path, *, resume: bool = False) -> Result:
 def _failure_recorded(run: Run, begin: float) -> Iterator[None]:
     try:
         yield
+    except Interrupted as stopped:  # on request, with a checkpoint: the run is not over, so it has no result
+        run.logger.warning("%s", stopped)
+        raise
     except Exception as error:
         run.logger.exception("the run failed")
         words = _redact(f"{type(error).__name__}: {error}")

@@ -7,18 +7,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from headwater.core.cache import cache_dir, cache_key, cached_json
 from headwater.core.leak import Sealed
 from headwater.core.recipe import CorpusRef
-from headwater.modalities.text.docs import CorpusError, Document, drop_overlap, fingerprint, split_documents
+from headwater.modalities.text.docs import CorpusError, Document, drop_overlap, fingerprint, split_sides
+from headwater.modalities.text.document_store import DocumentStore, stored_corpus, text_digest
 from headwater.modalities.text.packing import TokenStore, tokenize_documents
-from headwater.modalities.text.sources import open_corpus
 
 __all__ = ["Corpus", "Prepared", "held_out_sample", "prepare", "tokenized"]
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MIN_HELD_OUT_DOCUMENTS = 20
 MIN_HELD_OUT_BYTES = 20_000
+OVERLAP_CHUNK = 20_000
+"""Training documents that are compared with the held-out ones at a time; bounds memory."""
 SHARED_LIMIT = 0.3
 """Domain and general text with more documents in common than this share are taken for one corpus given twice."""
 
@@ -35,8 +38,8 @@ class Corpus:
     """What a method may read of a corpus. ``test`` is sealed: touching it raises ``TestLeak``."""
 
     name: str
-    train: Sequence[Document]
-    valid: Sequence[Document]
+    train: DocumentStore
+    valid: DocumentStore
     fingerprint: str
     test: Sealed = field(default_factory=lambda: Sealed("the test set"))
 
@@ -68,49 +71,62 @@ def prepare(domain: CorpusRef, general: CorpusRef | None, *, held_out: float) ->
     Raises:
         CorpusError: an empty corpus, one given twice, or held-out sets too small to score.
     """
-    read = {"domain": list(open_corpus(domain, role="domain"))}
+    read = {"domain": stored_corpus(domain, role="domain")}
     if general is not None:
-        read["general"] = list(open_corpus(general, role="general"))
+        read["general"] = stored_corpus(general, role="general")
         _refuse_same(read["domain"], read["general"])
     fractions = (1 - 1.5 * held_out, 0.5 * held_out, held_out)
-    splits = {role: split_documents(documents, fractions) for role, documents in read.items()}
+    splits = {role: _split(documents, fractions) for role, documents in read.items()}
     for role, split in splits.items():
         _check_held_out(role, split.test, len(read[role]), held_out)
-    prints = {role: fingerprint(documents) for role, documents in read.items()}
-    held = [document for split in splits.values() for document in (*split.valid, *split.test)]
-    dropped: dict[str, list[str]] = cached_json(
-        "overlap", {"prints": prints, "held_out": held_out, "version": 1}, lambda: _overlap(splits, held)
-    )
+    prints = {role: documents.fingerprint for role, documents in read.items()}
+    about = {"prints": prints, "held_out": held_out, "version": 2}
+    repeats: dict[str, list[int]] = cached_json("overlap", about, lambda: _repeats(splits))
     corpora = {}
     for role, split in splits.items():
-        gone = set(dropped[role])
-        corpora[role] = Corpus(role, [d for d in split.train if d.id not in gone], split.valid, prints[role])
-        if not corpora[role].train:
+        train = split.train.select(np.setdiff1d(np.arange(len(split.train)), repeats[role]))
+        if not train:
             raise CorpusError(
                 f"{role}: every training document repeats a held-out one; the corpus holds nothing to train on"
             )
+        corpora[role] = Corpus(role, train, split.valid, prints[role])
     return Prepared(
         corpora["domain"],
         corpora.get("general"),
         splits["domain"].test,
-        splits["general"].test if "general" in splits else [],
-        sum(len(ids) for ids in dropped.values()),
+        splits["general"].test if "general" in splits else (),
+        sum(len(positions) for positions in repeats.values()),
     )
 
 
-def _overlap(splits: dict[str, Any], held: list[Document]) -> dict[str, list[str]]:  # Any: a Split
-    found = {}
+class _Split(NamedTuple):
+    train: DocumentStore
+    valid: DocumentStore
+    test: DocumentStore
+
+
+def _split(documents: DocumentStore, fractions: tuple[float, float, float]) -> _Split:
+    sides = split_sides(documents.ids(), fractions)
+    train, valid, test = (documents.select(np.flatnonzero(sides == side)) for side in range(3))
+    return _Split(train, valid, test)
+
+
+def _repeats(splits: Mapping[str, _Split]) -> dict[str, list[int]]:
+    """Positions of the training documents that repeat a held-out document of either corpus."""
+    held = [document for split in splits.values() for side in (split.valid, split.test) for document in side]
+    found: dict[str, list[int]] = {}
     for role, split in splits.items():
-        kept = {document.id for document in drop_overlap(split.train, held).kept}
-        found[role] = [document.id for document in split.train if document.id not in kept]
+        found[role] = []
+        for begin in range(0, len(split.train), OVERLAP_CHUNK):
+            chunk = list(split.train[begin : begin + OVERLAP_CHUNK])
+            kept = {id(document) for document in drop_overlap(chunk, held).kept}
+            found[role] += [begin + i for i, document in enumerate(chunk) if id(document) not in kept]
     return found
 
 
-def _refuse_same(domain: list[Document], general: list[Document]) -> None:
-    texts = {hashlib.blake2b(d.text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for d in general}
-    shared = sum(
-        hashlib.blake2b(d.text.encode("utf-8", "surrogatepass"), digest_size=16).digest() in texts for d in domain
-    )
+def _refuse_same(domain: DocumentStore, general: DocumentStore) -> None:
+    texts = {text_digest(document.text) for document in general}
+    shared = sum(text_digest(document.text) in texts for document in domain)
     if shared > SHARED_LIMIT * len(domain):
         raise CorpusError(
             f"{shared / len(domain):.0%} of the domain's documents stand in the general corpus too. They must be "
@@ -142,11 +158,15 @@ def held_out_sample(
     return chosen
 
 
+def _fingerprint(documents: Sequence[Document]) -> str:
+    return documents.fingerprint if isinstance(documents, DocumentStore) else fingerprint(documents)
+
+
 def tokenized(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> TokenStore:
     """The documents' tokens, memory-mapped from the user cache, where they are written once per text and tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     about = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = cache_key({"documents": fingerprint(documents), "tokenizer": hashlib.sha256(about.encode()).hexdigest()})
+    key = cache_key({"documents": _fingerprint(documents), "tokenizer": hashlib.sha256(about.encode()).hexdigest()})
     target = cache_dir("tokens") / key
     if not (target / "store.json").exists():
         working = cache_dir("tokens") / f"{key}.{os.getpid()}.partial"

@@ -33,6 +33,7 @@ from headwater.domain.base import Adapted, ContinuedPretraining
 from headwater.domain.gap import Gap, gap
 from headwater.domain.selection import SubsetPlan, select_subset, subset_plan
 from headwater.modalities.text.docs import CorpusError, Document
+from headwater.modalities.text.document_store import DocumentStore
 from headwater.modalities.text.ngram import NgramQuality
 from headwater.modalities.text.sources import open_corpus
 
@@ -78,7 +79,7 @@ class StabilityGap(ContinuedPretraining):
 
     def phases(self, ctx: Adaptation) -> Generator[Phase, Trained, Adapted]:
         """Select, then train one phase on the selection and the replayed mixture."""
-        documents = list(ctx.domain.train)
+        documents = ctx.domain.train
         subset = self._subset(ctx, documents)
         ctx.run.notes["data/epochs"] = f"{ctx.domain_epochs(subset, 1 - self.replay):.2f}"
         stream = ctx.mix([(subset, 1 - self.replay), *self._replayed(ctx)])
@@ -92,37 +93,34 @@ class StabilityGap(ContinuedPretraining):
         if self.mixture is None:
             return [(ctx.general.train, self.replay)]
         total = sum(self.mixture.values())
+        sources = np.array([str(d.meta.get("source", d.meta.get("package"))) for d in ctx.general.train])
         parts: list[tuple[Sequence[Document], float]] = []
         for source, share in self.mixture.items():
-            documents = [d for d in ctx.general.train if d.meta.get("source", d.meta.get("package")) == source]
+            documents = ctx.general.train.select(np.flatnonzero(sources == source))
             if not documents:
-                known = sorted({str(d.meta.get("source", d.meta.get("package"))) for d in ctx.general.train})
-                raise CorpusError(
-                    f"mixture: no general document has source {source!r}; there are {', '.join(known[:10])}"
-                )
+                known = ", ".join(np.unique(sources)[:10])
+                raise CorpusError(f"mixture: no general document has source {source!r}; there are {known}")
             parts.append((documents, self.replay * share / total))
         return parts
 
-    def _subset(self, ctx: Adaptation, documents: list[Document]) -> list[Document]:
+    def _subset(self, ctx: Adaptation, documents: DocumentStore) -> DocumentStore:
         """The documents that are read, in the corpus' order; all of them where nothing is selected."""
         lengths = ctx.num_tokens(documents)
         wanted = self._subset_tokens(ctx, int(lengths.sum()))
         if wanted >= lengths.sum():
-            ctx.run.write_json(
-                "selection.json", {"ids": [d.id for d in documents], "scores": None, "tokens": int(lengths.sum())}
-            )
+            ctx.run.write_json("selection.json", {"ids": documents.ids(), "scores": None, "tokens": int(lengths.sum())})
             return documents
         scores = self._scores(ctx, documents)
         chosen = select_subset(lengths.tolist(), scores, wanted)
         ctx.run.write_json(
             "selection.json",
             {
-                "ids": [documents[i].id for i in chosen],
+                "ids": documents.select(chosen).ids(),
                 "scores": [float(scores[i]) for i in chosen],
                 "tokens": int(lengths[chosen].sum()),
             },
         )
-        return [documents[i] for i in sorted(chosen)]
+        return documents.select(sorted(chosen))
 
     def _subset_tokens(self, ctx: Adaptation, available: int) -> int:
         if self.keep_fraction is not None:
@@ -136,7 +134,7 @@ class StabilityGap(ContinuedPretraining):
             )
         return subset_plan(tokens, self.epochs, self.replay).subset_tokens
 
-    def _scores(self, ctx: Adaptation, documents: list[Document]) -> NDArray[np.float64]:
+    def _scores(self, ctx: Adaptation, documents: DocumentStore) -> NDArray[np.float64]:
         if isinstance(self.quality, Path):
             return _read_scores(self.quality, documents)
         if self.quality == "none":
@@ -148,7 +146,7 @@ class StabilityGap(ContinuedPretraining):
         else:
             assert ctx.general is not None  # the recipe asks for one or the other
             reference = ctx.general.train
-        scores = NgramQuality().fit(d.text for d in reference).score([d.text for d in documents])
+        scores = NgramQuality().fit(d.text for d in reference).score(d.text for d in documents)
         if scores.std() < UNDISCRIMINATING_SPREAD * scores.mean():
             ctx.warn(
                 "quality",
@@ -158,7 +156,7 @@ class StabilityGap(ContinuedPretraining):
         return scores
 
 
-def _read_scores(path: Path, documents: Sequence[Document]) -> NDArray[np.float64]:
+def _read_scores(path: Path, documents: DocumentStore) -> NDArray[np.float64]:
     """Scores by document id from a JSON object; a missing or NaN score is an error that names documents."""
     if not path.is_file():
         raise FileNotFoundError(f"quality: no file {path}. Give a JSON object with a score for each document id.")
@@ -167,10 +165,10 @@ def _read_scores(path: Path, documents: Sequence[Document]) -> NDArray[np.float6
         raise CorpusError(
             f"quality: {path} holds a {type(scores).__name__}; expected an object from document id to score"
         )
-    missing = [d.id for d in documents if d.id not in scores]
+    missing = [id for id in documents.ids() if id not in scores]
     if missing:
         raise CorpusError(
             f"quality: {path} has {len(scores)} scores for {len(documents)} training documents; "
             f"{len(missing)} have none, e.g. {', '.join(missing[:3])}"
         )
-    return np.array([float(scores[d.id]) for d in documents])
+    return np.array([float(scores[id]) for id in documents.ids()])
