@@ -26,7 +26,7 @@ class Loss:
         total: scalar, the sum of the loss over what is counted, attached to the graph.
         count: scalar, how many tokens, pairs or nodes were summed; 0 is allowed.
         metrics: detached scalars to log, averages over this micro-batch; the loop averages them again, weighted by
-        ``count``.
+            ``count``.
     """
 
     total: Tensor
