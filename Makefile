@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Two processes of one thread each: small models gain nothing from more.
+PYTEST_ARGS ?= -n 2
 
 .PHONY: demo test lint format docs evidence clean
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/headwater demo --out runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 # Set before anything reads it; tests neither use nor touch the user's cache.
-os.environ["HEADWATER_CACHE"] = os.environ.get("HEADWATER_TEST_CACHE") or tempfile.mkdtemp(prefix="headwater-tests-")
+CACHE = os.environ["HEADWATER_CACHE"] = tempfile.mkdtemp(prefix="headwater-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
