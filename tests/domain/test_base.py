@@ -207,6 +207,33 @@ def test_property_a_corpus_read_often_warns(domain_fields: Fields, tmp_path: Pat
     assert "reads the domain text" in opened.notes["warning/epochs"]
 
 
+def test_property_float16_is_trained_in_bfloat16_with_a_warning(domain_fields: Fields, tmp_path: Path) -> None:
+    result = run(domain_fields, tmp_path / "a", model={"name": domain_fields["model"], "dtype": "float16"})
+    assert "loaded in bfloat16" in result.notes["warning/dtype"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model").dtype == torch.bfloat16
+
+
+def test_equation_epochs_are_tokens_read_by_tokens_there(domain_fields: Fields, tmp_path: Path) -> None:
+    recipe = load_recipe({"method": "plain", **domain_fields, "replay": 0.25})
+    result = execute(recipe, tmp_path / "a")
+    with Run(tmp_path / "b", recipe) as opened:
+        ctx = Adaptation.open(recipe, opened)  # type: ignore[arg-type]
+        tokens = int(ctx.num_tokens(ctx.domain.train).sum())
+    # 6 steps of 256 tokens, three quarters of them from the domain
+    assert result.metrics["data/epochs"] == pytest.approx(6 * 256 * 0.75 / tokens)
+
+
+def test_rejects_training_quantised_weights_without_lora(
+    domain_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headwater.domain import adaptation
+
+    # No quantiser runs on this kind of machine, so the fact that one has is planted.
+    monkeypatch.setattr(adaptation, "is_quantised", lambda model: True)
+    with pytest.raises(ModelError, match="is quantised, so its weights cannot be trained; set `lora`"):
+        run(domain_fields, tmp_path / "a")
+
+
 def test_fault_data_edited_under_a_run_is_refused(domain_fields: Fields, tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "d.jsonl", "domain")
     fields = {**domain_fields, "domain": str(path)}

@@ -20,6 +20,7 @@ from headwater.core.cache import atomic_write_text
 from headwater.core.fit import BatchStream, Phase
 from headwater.core.lora import add_lora
 from headwater.core.objective import Objective
+from headwater.core.recipe import ModelRef
 from headwater.core.rng import derive_seed
 from headwater.domain.corpus import Corpus, Prepared, prepare, tokenized
 from headwater.modalities.models import (
@@ -108,7 +109,15 @@ class Adaptation:
 
     @cached_property
     def _start_once(self) -> nn.Module:
-        return load_model(self.recipe.model, self.head)
+        return load_model(self._model, self.head)
+
+    @cached_property
+    def _model(self) -> ModelRef:
+        ref = self.recipe.model
+        if ref.dtype != "float16":
+            return ref
+        self.warn("dtype", "float16 weights overflow when they are trained, so the model is loaded in bfloat16")
+        return ref.model_copy(update={"dtype": "bfloat16"})
 
     @cached_property
     def start_fingerprint(self) -> str:
@@ -124,7 +133,7 @@ class Adaptation:
         """
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.recipe.seed, "initialisation"))
-            model = load_model(self.recipe.model, self.head, random=random)
+            model = load_model(self._model, self.head, random=random)
         if lora and self.recipe.lora is not None:
             return add_lora(model, self.recipe.lora, seed=derive_seed(self.recipe.seed, "lora"))
         return model
@@ -197,6 +206,7 @@ class Adaptation:
 
     _outside_flops: float = 0.0
     trainable: int = 0
+    epochs: float | None = None
 
     def note_phase(self, phase: Phase) -> None:
         """Remember the largest number of trainable weights, and warn when a corpus is read many times over."""
@@ -216,7 +226,7 @@ class Adaptation:
         tokens = self.budget_tokens()
         if tokens is None:
             return float("nan")
-        epochs = tokens * share / len(tokenized(documents, self.tokenizer).tokens)
+        self.epochs = epochs = tokens * share / len(tokenized(documents, self.tokenizer).tokens)
         if epochs > MAX_EPOCHS_IN_SILENCE:
             self.warn(
                 "epochs", f"the budget reads the domain text {epochs:.1f} times; expect memorising, or lower the budget"
@@ -237,6 +247,8 @@ class Adaptation:
             "data/dropped_overlap": float(self.prepared.dropped),
             "domain/bytes_per_token": size / len(store.tokens),
         }
+        if self.epochs is not None:
+            facts["data/epochs"] = self.epochs
         if self.general is not None:
             facts["data/general_documents"] = float(len(self.general.train))
         return facts
