@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["Budget", "Cost", "Meter", "UncountedFlops", "analytic_flops", "count_flops"]
+__all__ = ["Budget", "Cost", "GivenBudget", "Meter", "UncountedFlops", "analytic_flops", "count_flops"]
 
 BudgetKind = Literal["steps", "tokens", "flops", "seconds", "none"]
 _KINDS: tuple[BudgetKind, ...] = ("steps", "tokens", "flops", "seconds")
@@ -133,6 +133,16 @@ class Cost:
         """The inverse of `to_dict`."""
         fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
         return cls(**fields)
+
+
+def _given(value: Budget) -> Budget:
+    if value.kind == "none":
+        raise ValueError("give one of tokens, steps, flops, seconds, e.g. {tokens: 2000000}")
+    return value
+
+
+GivenBudget = Annotated[Budget, AfterValidator(_given)]
+"""A budget that is one: for recipes that train."""
 
 
 class Meter:

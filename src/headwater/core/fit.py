@@ -7,8 +7,10 @@ done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +21,18 @@ from headwater.core.optim import OptimSpec
 from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase, Trained
 from headwater.core.signals import Interrupted, StopSignals
 
-__all__ = ["BatchStream", "FitSettings", "Interrupted", "NonFiniteLoss", "Phase", "Trained", "fit"]
+__all__ = [
+    "BatchStream",
+    "FitSettings",
+    "Interrupted",
+    "NonFiniteLoss",
+    "Phase",
+    "Trained",
+    "fit",
+    "fit_phases",
+]
+
+Left = TypeVar("Left")
 
 
 def fit(
@@ -76,3 +89,74 @@ def fit(
     if stop.signum:
         raise Interrupted(stop.signum, loop.progress.step)
     return loop.trained()
+
+
+class Log(Protocol):
+    """Where metrics go: ``Run.log``."""
+
+    def __call__(self, metrics: dict[str, float], *, phase: str) -> None:
+        """Keep what phase ``phase`` measured."""
+        ...
+
+
+def fit_phases(
+    phases: Generator[Phase, Trained, Left],
+    *,
+    budget: Callable[[], Budget],
+    optim: OptimSpec,
+    seed: int,
+    directory: Path,
+    settings: FitSettings,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    eval_at: Sequence[float],
+    meter: Meter,
+    log: Log,
+    began: Callable[[Phase], None] = lambda phase: None,
+    ended: Callable[[Phase, Trained], None] = lambda phase, trained: None,
+) -> Left:
+    """Train phases as a method yields them, sending it what each one trained; return what it returns.
+
+    A resumed run goes through the generator again, and finished phases come back from their checkpoints: it must be a
+    pure function of what it was given.
+
+    Args:
+        phases: the method.
+        budget: of the whole run, asked before each phase, which spends its share of it.
+        optim: see ``fit``, as for all that follow up to ``meter``.
+        seed: of draws in the forward pass.
+        directory: of the run.
+        settings: how phases are executed.
+        evaluate: measures the model on its way.
+        eval_at: fractions of each phase's budget.
+        meter: is charged with every phase.
+        log: receives each phase's metrics.
+        began: called before a phase is trained.
+        ended: called after it.
+
+    Raises:
+        ValueError: the phases' shares sum to more than 1.
+    """
+    share, trained = 0.0, None
+    while True:
+        try:
+            phase = next(phases) if trained is None else phases.send(trained)
+        except StopIteration as stop:
+            left: Left = stop.value
+            return left
+        share += phase.share
+        if share > 1 + 1e-9:
+            raise ValueError(f"the phases up to {phase.name!r} take {share:.3f} of the budget; at most 1 is there")
+        began(phase)
+        trained = fit(
+            phase,
+            budget=budget(),
+            optim=optim,
+            seed=seed,
+            directory=directory,
+            settings=settings,
+            evaluate=evaluate,
+            eval_at=eval_at,
+            meter=meter,
+            on_metrics=partial(log, phase=phase.name),
+        )
+        ended(phase, trained)

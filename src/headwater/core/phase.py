@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headwater.core.budget import Cost
 from headwater.core.objective import Objective
 from headwater.core.optim import OptimSpec
 
-__all__ = ["BatchStream", "FitSettings", "NonFiniteLoss", "Phase", "Trained"]
+__all__ = ["BatchStream", "EvalAt", "FitSettings", "NonFiniteLoss", "Phase", "Trained"]
+
+
+def _rising(value: tuple[float, ...]) -> tuple[float, ...]:
+    if list(value) != sorted(set(value)) or (value and (value[0] < 0 or value[-1] > 1)):
+        raise ValueError(f"fractions of the budget must rise within [0, 1]; got {value}")
+    return value
+
+
+EvalAt = Annotated[tuple[float, ...], AfterValidator(_rising)]
+"""Fractions of the budget at which a recipe is measured."""
 
 
 class BatchStream(Protocol):

@@ -9,17 +9,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
-from headwater.core.budget import Budget
+from headwater.core.budget import GivenBudget
 from headwater.core.family import Axis, Family
-from headwater.core.fit import FitSettings, Phase, Trained, fit
+from headwater.core.fit import FitSettings, Phase, Trained, fit_phases
 from headwater.core.lora import LoraSpec
 from headwater.core.optim import OptimSpec
+from headwater.core.phase import EvalAt
 from headwater.core.recipe import CorpusRef, DataRef, Metrics, ModelRef, Name, Recipe, Spec
 from headwater.domain.adaptation import Adaptation
 from headwater.domain.evaluation import Evaluation
@@ -75,8 +75,8 @@ class ContinuedPretraining(Recipe):
     )
     replay: float = Field(default=0.0, ge=0, lt=1, description="fraction of every batch drawn from the general corpus")
     lora: LoraSpec | None = Field(default=None, description="train LoRA adapters instead of all weights")
-    budget: Budget = Field(description="what the training may spend: tokens, steps, flops or seconds")
-    eval_at: tuple[float, ...] = Field(
+    budget: GivenBudget = Field(description="what the training may spend: tokens, steps, flops or seconds")
+    eval_at: EvalAt = Field(
         default=(0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0),
         description="fractions of the budget at which domain and general are measured; dense where a gap would show",
     )
@@ -92,20 +92,6 @@ class ContinuedPretraining(Recipe):
     fit: FitSettings = Field(
         default=FitSettings(), description="how the loop runs: precision, micro-batches, checkpoints"
     )
-
-    @field_validator("eval_at")
-    @classmethod
-    def _eval_at_ordered(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if list(value) != sorted(set(value)) or (value and (value[0] < 0 or value[-1] > 1)):
-            raise ValueError(f"fractions of the budget must rise within [0, 1]; got {value}")
-        return value
-
-    @field_validator("budget")
-    @classmethod
-    def _budget_given(cls, value: Budget) -> Budget:
-        if value.kind == "none":
-            raise ValueError("give one of tokens, steps, flops, seconds, e.g. {tokens: 2000000}")
-        return value
 
     @model_validator(mode="after")
     def _replay_has_source(self) -> ContinuedPretraining:
@@ -128,44 +114,25 @@ class ContinuedPretraining(Recipe):
         ctx = Adaptation.open(self, run)
         evaluation = Evaluation(self, ctx, run)
         evaluation.before()
-        adapted = self._train(ctx, run, evaluation)
+        adapted = fit_phases(
+            self.phases(ctx),
+            budget=ctx.training_budget,
+            optim=self.optim,
+            seed=self.seed,
+            directory=run.directory,
+            settings=self.fit,
+            evaluate=evaluation.midway,
+            eval_at=self.eval_at,
+            meter=ctx.meter,
+            log=run.log,
+            began=ctx.note_phase,
+            ended=evaluation.add_trajectory,
+        )
         metrics = evaluation.after(adapted.model)
         ctx.save(adapted.model, run, files=adapted.files)
         run.notes.update(adapted.notes)
         run.cost = {**ctx.meter.cost.to_dict(), "trainable": ctx.trainable}
         return metrics | ctx.data_metrics()
-
-    def _train(self, ctx: Adaptation, run: Run, evaluation: Evaluation) -> Adapted:
-        phases, trained, share = self.phases(ctx), None, 0.0
-        while True:
-            try:
-                phase = next(phases) if trained is None else phases.send(trained)
-            except StopIteration as stop:
-                adapted: Adapted = stop.value
-                return adapted
-            share += phase.share
-            if share > 1 + 1e-9:
-                raise ValueError(
-                    f"{self.id}: the phases up to {phase.name!r} take {share:.3f} of the budget; at most 1 is there"
-                )
-            ctx.note_phase(phase)
-            trained = fit(
-                phase,
-                budget=ctx.training_budget(),
-                optim=phase.optim or self.optim,
-                seed=self.seed,
-                directory=run.directory,
-                settings=self.fit,
-                evaluate=evaluation.midway,
-                eval_at=self.eval_at,
-                meter=ctx.meter,
-                on_metrics=partial(_log, run, phase.name),
-            )
-            evaluation.add_trajectory(trained)
-
-
-def _log(run: Run, phase: str, values: dict[str, float]) -> None:
-    run.log(values, phase=phase)
 
 
 FAMILY = Family(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from headwater.core.cache import cached_json
-from headwater.core.fit import Trained
+from headwater.core.fit import Phase, Trained
 from headwater.core.recipe import Metrics
 from headwater.core.rng import derive_seed
 from headwater.domain.adaptation import Adaptation
@@ -108,7 +108,7 @@ class Evaluation:
         """Bits per unit on the fixed subsample; what ``fit`` calls at ``eval_at``."""
         return {f"{role}/bpb": self._score(model, documents).bits_per_unit for role, documents in self.sub.items()}
 
-    def add_trajectory(self, trained: Trained) -> None:
+    def add_trajectory(self, phase: Phase, trained: Trained) -> None:
         """Append a phase's trajectory, its tokens counted from the beginning of the run."""
         for point in trained.trajectory:
             for name, value in point.items():
