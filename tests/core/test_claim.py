@@ -79,6 +79,12 @@ def test_property_every_deciding_part_counts_and_others_do_not() -> None:
     assert judge(claim(good, part(margin=5.0, decides=False)), "small", seeds)["verdict"] == "holds"
 
 
+def test_property_the_headline_is_the_part_that_the_verdict_rests_on() -> None:
+    found = judge(claim(part(), part(margin=5.0, statement="too much")), "small", measured([0.1, 0.11, 0.09]))
+    assert (found["verdict"], found["margin"]) == ("does not hold", 5.0)
+    assert judge(claim(part(), part(margin=0.01)), "small", measured([0.1, 0.11, 0.09]))["margin"] == 0.0
+
+
 def test_degenerate_too_few_seeds_smoke_and_unmet_preconditions_are_inconclusive() -> None:
     clear = [0.1, 0.11, 0.09]
     assert judge(claim(), "small", measured(clear[:2]))["verdict"] == "inconclusive"

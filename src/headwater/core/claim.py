@@ -89,7 +89,7 @@ class Claim:
         id: the method's id.
         statement: the finding, restated for this experiment.
         source: the paper, and the finding in its own setting.
-        parts: the paired statements; the first is the headline.
+        parts: the paired statements; the first deciding one whose verdict is the claim's is the headline.
         rival: the arm that is the strongest rival at equal budget.
         preconditions: what must be so for the experiment to test anything.
         seeds: per scale, the seeds it runs by default.
@@ -218,7 +218,8 @@ def judge(claim: Claim, scale: Scale, measured: Mapping[int, Measured]) -> dict[
             verdict = "holds"
         elif "does not hold" in deciding:
             verdict = "does not hold"
-    head = parts[0]
+    # The part that the verdict rests on speaks for the claim; where several do, the first.
+    head = next((part for part in parts if part["decides"] and part["verdict"] == verdict), parts[0])
     return {
         "id": claim.id,
         "statement": claim.statement,
