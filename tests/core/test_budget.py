@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import subprocess
 import sys
 
@@ -100,12 +99,14 @@ def test_property_a_meter_charges_time_also_when_the_block_raises():
     assert cost.seconds > 0
 
 
-def test_property_peak_bytes_see_an_allocation():
-    meter = Meter()
-    peak_so_far = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    block = torch.ones(peak_so_far, dtype=torch.uint8)  # together with what is in use now: above the peak so far
-    assert meter.cost.peak_bytes > 50e6
+def test_property_peak_bytes_see_an_allocation_and_forget_what_was_before():
+    block = torch.ones(300_000_000, dtype=torch.uint8)
+    with_block = Meter().cost.peak_bytes
     del block
+    meter = Meter()  # the freed block is no longer in its peak
+    assert meter.cost.peak_bytes < with_block - 200_000_000
+    torch.ones(300_000_000, dtype=torch.uint8)
+    assert meter.cost.peak_bytes > with_block - 100_000_000
 
 
 def test_equation_a_linear_layer_forward_and_backward():

@@ -15,8 +15,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -145,17 +146,20 @@ GivenBudget = Annotated[Budget, AfterValidator(_given)]
 """A budget that is one: for recipes that train."""
 
 
+_STATUS = Path("/proc/self/status")
+
+
 class Meter:
     """Adds up what everything that happens under it costs.
 
-    ``peak_bytes`` is the most that was allocated on a CUDA device. Without one it is how far the peak resident memory
-    of this process grew since the meter was made: a lower bound, because a later run that fits into memory an earlier
-    one has already touched shows no growth. Compare peaks of runs in processes of their own.
+    ``peak_bytes`` is the most that was allocated on a CUDA device. Without one it is the highest resident memory of the
+    whole process since the meter was made (where the system cannot say that, since the process began): libraries and
+    what earlier work never gave back are in it, so compare peaks of runs in fresh processes.
     """
 
     def __init__(self) -> None:
         self._cost = Cost()
-        self._resident_at_start = _peak_resident_bytes()
+        _forget_peak()
 
     def add(self, cost: Cost | None = None, **amounts: float) -> None:
         """Charge a whole `Cost`, or single amounts by name: ``meter.add(tokens=512, flops=3e9)``."""
@@ -176,15 +180,31 @@ class Meter:
         return self._cost + Cost(peak_bytes=self._peak_bytes())
 
     def _peak_bytes(self) -> int:
-        torch = sys.modules.get("torch")  # if nobody imported it, nothing can be allocated on a device
-        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-            return int(torch.cuda.max_memory_allocated())
-        return _peak_resident_bytes() - self._resident_at_start
+        cuda = _cuda()
+        return int(cuda.max_memory_allocated()) if cuda is not None else _peak_resident_bytes()
 
 
 def _peak_resident_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    if _STATUS.exists():
+        peak = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _cuda() -> Any:  # Any: torch.cuda, which must not be imported for its type
+    torch = sys.modules.get("torch")  # if nobody imported it, nothing can be allocated on a device
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def _forget_peak() -> None:
+    """Begin the high-water marks anew: the device's, and on Linux the kernel's (proc(5), clear_refs)."""
+    cuda = _cuda()
+    if cuda is not None:
+        cuda.reset_peak_memory_stats()
+    if _STATUS.exists():
+        with suppress(OSError):
+            _STATUS.with_name("clear_refs").write_text("5", encoding="utf-8")
 
 
 class UncountedFlops(ValueError):
