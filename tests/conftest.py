@@ -168,3 +168,18 @@ def compose_fields(
             "answers": {"kind": "choice", "data": str(labelled["test"]), "metric": "cross_entropy"},
         },
     }
+
+
+@pytest.fixture(scope="session")
+def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any recipe of the stage ``efficient`` run in about a second."""
+    return {
+        "model": str(tiny_causal),
+        "data": str(corpora["domain"]),
+        "seq_len": 32,
+        "batch_tokens": 256,
+        "budget": {"steps": 6},
+        "eval_at": [0.0, 0.5, 1.0],
+        "eval_chars": 5_000,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }

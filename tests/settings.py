@@ -59,6 +59,11 @@ FAMILIES: dict[str, Setting] = {
         extra={"stability_gap": {"keep_fraction": 0.5}},
         unseeded=frozenset({"frozen"}),
     ),
+    "efficient": Setting(
+        fixture="efficient_fields",
+        opens=opens_as_language_model,
+        extra={"low_rank": {"optim": {"lr": 3e-3, "states": "8bit"}}},  # so that resume is held to those states too
+    ),
     "compose": Setting(
         fixture="compose_fields",
         opens=opens_as_language_model,

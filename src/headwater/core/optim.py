@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from headwater.core.optim8 import AdamW8bit
+
 __all__ = ["OptimSpec", "build_optimizer", "lr_factor", "parameter_groups"]
 
 
@@ -41,6 +43,9 @@ class OptimSpec(BaseModel):
         default=0.1, ge=0, le=1, description="Rate at the end, as a fraction of lr; 'constant' ignores it."
     )
     clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm; null for none.")
+    states: Literal["fp32", "8bit"] = Field(
+        default="fp32", description="How moments are kept: as the weights are, or in blocks of bytes with a scale each."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimSpec:
@@ -97,7 +102,7 @@ def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) ->
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> torch.optim.Optimizer:
     """AdamW over everything trainable in one module or several; one fused kernel on CPU and CUDA.
 
     Raises:
@@ -106,5 +111,7 @@ def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> 
     groups = parameter_groups(model, spec)
     if not groups:
         raise ValueError("nothing to train: no parameter of the model or of the objective requires a gradient.")
+    if spec.states == "8bit":
+        return AdamW8bit(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in _trainable(model))
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)

@@ -1,0 +1,1 @@
+"""Pretraining for less: sparse, low-rank, binary, grown and distilled models."""
