@@ -183,3 +183,20 @@ def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, o
         "eval_chars": 5_000,
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
+
+
+@pytest.fixture(scope="session")
+def pretrain_fields(corpora: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any text method of the stage ``pretrain`` run in about a second."""
+    return {
+        "model": {"kind": "t5", "hidden": 16, "layers": 1, "heads": 2, "mlp": 32, "vocab": 320},
+        "data": str(corpora["general"]),
+        "held_out": 0.1,
+        "seq_length": 32,
+        "batch_tokens": 256,
+        "budget": {"steps": 6},
+        "optim": {"lr": 3e-3},
+        "eval_at": [0.0, 0.5, 1.0],
+        "probe_steps": 2,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FAMILIES", "Setting", "opens_as_language_model", "opens_as_safetensors", "setting"]
+__all__ = [
+    "FAMILIES",
+    "Setting",
+    "opens_as_language_model",
+    "opens_as_safetensors",
+    "opens_as_the_class_its_readme_names",
+    "setting",
+]
 
 
 def opens_as_language_model(model: Path) -> None:
@@ -33,6 +40,24 @@ def opens_as_safetensors(model: Path) -> None:
     assert files
     for path in files:
         assert all(np.isfinite(tensor).all() for tensor in load_file(path).values())
+
+
+def opens_as_the_class_its_readme_names(model: Path) -> None:
+    """The directory opens in transformers, as its README says, and gives finite logits."""
+    import re
+
+    import torch
+    import transformers
+
+    named = re.search(r"import (AutoModel\w*)", (model / "README.md").read_text(encoding="utf-8"))
+    assert named
+    opened = getattr(transformers, named[1]).from_pretrained(model, use_safetensors=True)
+    ids = transformers.AutoTokenizer.from_pretrained(model)("sum mean", return_tensors="pt", add_special_tokens=False)
+    inputs = {"input_ids": ids["input_ids"]}
+    if opened.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids["input_ids"][:, :1]
+    with torch.no_grad():
+        assert torch.isfinite(opened(**inputs).logits).all()
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,7 @@ FAMILIES: dict[str, Setting] = {
         opens=opens_as_language_model,
         extra={"low_rank": {"optim": {"lr": 3e-3, "states": "8bit"}}},  # so that resume is held to those states too
     ),
+    "pretrain": Setting(fixture="pretrain_fields", opens=opens_as_the_class_its_readme_names),
     "compose": Setting(
         fixture="compose_fields",
         opens=opens_as_language_model,

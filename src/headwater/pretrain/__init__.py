@@ -1,0 +1,1 @@
+"""What a model learns to predict, from scratch."""
