@@ -200,3 +200,22 @@ def pretrain_fields(corpora: dict[str, Path]) -> dict[str, object]:
         "probe_steps": 2,
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
+
+
+@pytest.fixture(scope="session")
+def diagnose_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make the mixture's law run in about a second: a table of twelve runs of one size."""
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for r in (0.0, 0.33, 0.67, 1.0):
+        for D in (1e5, 3e5, 7e5, 1.2e6, 2e6):
+            domain = 1.4 + 5 * r**1.3 / D**0.4 + 0.3 / (r + 0.4) ** 0.8
+            general = 1.6 + 4 * (1 - r) ** 1.2 / D**0.35 + 0.25 / (1.5 - r) ** 0.9
+            noise = np.exp(0.002 * rng.standard_normal(2))
+            rows.append((4e5, D, r, domain * noise[0], general * noise[1]))
+    path = tmp_path_factory.mktemp("tables") / "runs.csv"
+    pd.DataFrame(rows, columns=["N", "D", "r_d", "loss_domain", "loss_general"]).to_csv(path, index=False)
+    # No interval: 200 refits take ten seconds. The starts of the fits still follow the seed.
+    return {"runs": str(path), "starts": 8, "bootstrap": 0}

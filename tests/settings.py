@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "FAMILIES",
     "Setting",
+    "opens_as_json",
     "opens_as_language_model",
     "opens_as_safetensors",
     "opens_as_the_class_its_readme_names",
@@ -60,6 +61,16 @@ def opens_as_the_class_its_readme_names(model: Path) -> None:
         assert torch.isfinite(opened(**inputs).logits).all()
 
 
+def opens_as_json(model: Path) -> None:
+    """Every file but the README is JSON."""
+    import json
+
+    files = list(model.glob("*.json"))
+    assert files
+    for path in files:
+        json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Setting:
     """How the contract suite runs one family or method.
@@ -90,6 +101,7 @@ FAMILIES: dict[str, Setting] = {
         extra={"low_rank": {"optim": {"lr": 3e-3, "states": "8bit"}}},  # so that resume is held to those states too
     ),
     "pretrain": Setting(fixture="pretrain_fields", opens=opens_as_the_class_its_readme_names),
+    "diagnose": Setting(fixture="diagnose_fields", opens=opens_as_json),
     "compose": Setting(
         fixture="compose_fields",
         opens=opens_as_language_model,

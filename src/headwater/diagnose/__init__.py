@@ -1,0 +1,1 @@
+"""Diagnose: predict and explain transfer before paying for it."""
