@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -19,11 +21,23 @@ SNIPPETS = [
     if "methods" not in page.parts
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
+EXAMPLES = [
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    for path in sorted((ROOT / "src").rglob("*.py"))
+    if re.search(r"^ +>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize(("page", "number", "code"), SNIPPETS, ids=[f"{p.stem}-{n}" for p, n, _ in SNIPPETS])
 def test_property_every_snippet_runs(page: Path, number: int, code: str) -> None:
     exec(compile(code, f"{page.name}, snippet {number}", "exec"), {"__name__": "snippet"})  # our own documentation
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_property_every_example_in_a_docstring_runs(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_property_the_readme_lists_the_catalogue() -> None:
