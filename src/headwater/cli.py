@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -269,7 +269,7 @@ def reproduce(
         typer.echo(json.dumps(verdicts if every else verdicts[0], indent=2))
 
 
-def _verdict_text(verdict: dict) -> str:  # type: ignore[type-arg]  # JSON data
+def _verdict_text(verdict: dict[str, Any]) -> str:  # Any: JSON data
     lines = [
         f"{verdict['id']} ({verdict['scale']}, seeds {verdict['seeds']}): {verdict['verdict'].upper()}",
         f"  {verdict['statement']}",
