@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from headwater.core.budget import Budget, Meter, UncountedFlops
-from headwater.core.calibrate import rows_that_fit, untouched
+from headwater.core.calibrate import faster_precision, rows_that_fit, untouched
 from headwater.core.checkpoint import CheckpointError, CheckpointStore
 from headwater.core.fit import FitSettings, Phase, fit
 from headwater.core.objective import Loss
@@ -116,6 +116,28 @@ def test_equation_flops_are_measured_and_met(tmp_path):
     trained = train(tmp_path, budget=Budget(flops=per_row * 15.5))
     assert trained.tokens == 15 * LENGTH
     assert trained.cost.flops == pytest.approx(15 * per_row)
+
+
+@pytest.mark.parametrize(("micro", "passes"), [(6, 1), (3, 2), (4, 2), (1, 6)])
+def test_equation_each_forward_pass_pays_its_fixed_flops_anew(tmp_path, micro, passes):
+    class Composed(Toy):
+        """The hidden weight is a product of two 16 x 16 ones, whose cost does not depend on the rows."""
+
+        def __init__(self):
+            super().__init__(dropout=0)
+            self.left = nn.Parameter(torch.eye(16))
+
+        def forward(self, ids):
+            states = self.embed(ids).cumsum(1) / torch.arange(1, LENGTH + 1)[:, None]
+            weight = self.left @ self.hidden.weight
+            return self.out(torch.tanh(nn.functional.linear(states, weight, self.hidden.bias)))
+
+    per_row = 2 * 3 * (16 * 16 + 16 * 32) * LENGTH
+    fixed = 2 * 3 * 16**3  # forward, and the gradients of both factors
+    settings = FP32.model_copy(update={"micro_rows": micro})
+    trained = train(tmp_path, model=Composed(), settings=settings, budget=Budget(flops=6 * per_row + passes * fixed))
+    assert trained.tokens == 6 * LENGTH
+    assert trained.cost.flops == pytest.approx(6 * per_row + passes * fixed)
 
 
 def test_equation_seconds_run_by_the_clock_without_evaluation(tmp_path, monkeypatch):
@@ -325,6 +347,20 @@ def test_property_calibration_leaves_no_trace(tmp_path):
     assert model.seen.item() == 0
     assert all(p.grad is None for p in model.parameters())
     assert train(tmp_path, steps=2, settings=FitSettings()).model.seen.item() == 12  # with every measurement
+
+
+def test_property_a_hopeless_precision_is_not_tried_on_the_whole_batch():
+    tried = []
+
+    def step(rows, precision):
+        tried.append((precision, rows))
+        work = torch.ones(64, 64)
+        for _ in range(rows * (200 if precision == "bf16" else 4)):
+            work = work @ work.T / 64
+
+    seconds = faster_precision(step, 64, torch.device("cpu"))
+    assert seconds["bf16"] > 3 * seconds["fp32"]
+    assert max(rows for _, rows in tried) == 2
 
 
 def test_property_precision_auto_takes_one_and_says_which(tmp_path):

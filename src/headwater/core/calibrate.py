@@ -21,6 +21,7 @@ __all__ = ["Precision", "autocast", "faster_precision", "flops_of_rows", "rows_t
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
+_HOPELESS = 3.0  # bf16 at so many times the time of fp32 on two rows is not tried on more
 _WORTH = 0.95  # bf16 must take less than this part of fp32's time: below that, rounding costs more than it gains
 
 
@@ -65,23 +66,39 @@ def rows_that_fit(step: Callable[[int], object], rows: int) -> int:
         logger.info("out of memory: micro-batches of %d rows", rows)
 
 
-def faster_precision(step: Callable[[Precision], object], device: torch.device) -> dict[Precision, float]:
+def faster_precision(
+    step: Callable[[int, Precision], object], rows: int, device: torch.device
+) -> dict[Precision, float]:
     """Seconds of one step in float32 and under bfloat16 autocast: the better of two after one to warm up.
 
     Measured because it is not predictable: bfloat16 products are several times faster on some CPUs and slower on
-    others, and small models lose more by the casts than they gain.
+    others, and small models lose more by the casts than they gain. A processor that emulates bfloat16 takes ten times
+    as long; two rows show that, and the whole batch is spared.
+
+    Args:
+        step: forward and backward on so many rows.
+        rows: of a micro-batch.
+        device: whose queue is waited for.
     """
+    few = _timed(step, min(rows, 2), device)
+    if few["bf16"] > _HOPELESS * few["fp32"]:
+        return few
+    seconds = _timed(step, rows, device)
+    seconds["fp32"] *= _WORTH
+    return seconds
+
+
+def _timed(step: Callable[[int, Precision], object], rows: int, device: torch.device) -> dict[Precision, float]:
     seconds: dict[Precision, float] = {}
     for precision in ("fp32", "bf16"):
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            step(precision)
+            step(rows, precision)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
         seconds[precision] = min(times[1:])
-    seconds["fp32"] *= _WORTH
     return seconds
 
 

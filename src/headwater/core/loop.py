@@ -369,7 +369,7 @@ class Loop:
         return Cost(
             steps=progress.step,
             tokens=self._tokens(),
-            flops=progress.step * plan.flops_fixed + progress.rows * plan.flops_per_row,
+            flops=plan.flops(progress.rows),
             flops_analytic=analytic_flops(
                 sum(p.numel() for p in self.model.parameters()) - looked_up,
                 self._tokens(),

@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headwater.core.budget import Budget, UncountedFlops
 from headwater.core.cache import cached_json
 from headwater.core.calibrate import Precision, autocast, faster_precision, flops_of_rows, rows_that_fit, untouched
+from headwater.core.distributed import local_rows
 from headwater.core.objective import Loss
 from headwater.core.phase import FitSettings, Phase
 
@@ -37,7 +38,8 @@ class Plan:
         total_rows: of the phase; ``None`` for a budget in seconds.
         seconds: of the budget, else infinite.
         micro_rows: per forward pass and process.
-        flops_fixed, flops_per_row: of one step; NaN where they cannot be counted.
+        flops_fixed, flops_per_row: of one forward and backward pass; NaN where they cannot be counted.
+        processes: that share a batch.
     """
 
     rows: int
@@ -47,6 +49,18 @@ class Plan:
     precision: Precision
     flops_fixed: float
     flops_per_row: float
+    processes: int = 1
+
+    def step_flops(self, rows: int) -> float:
+        """What a step on ``rows`` rows costs all processes; each of its passes has the fixed cost anew."""
+        shares = (local_rows(0, rows, rank, self.processes) for rank in range(self.processes))
+        passes = sum(math.ceil(max(1, stop - start) / self.micro_rows) for start, stop in shares)
+        return passes * self.flops_fixed + rows * self.flops_per_row
+
+    def flops(self, rows: int) -> float:
+        """What the steps on the first ``rows`` rows cost."""
+        whole, last = divmod(rows, self.rows)
+        return whole * self.step_flops(self.rows) + (self.step_flops(last) if last else 0.0)
 
     def rows_of(self, step: int) -> int:
         """Rows of one batch; the last one takes what the budget leaves, nothing after it."""
@@ -105,12 +119,14 @@ def make_plan(
             seconds = cached_json(
                 "precision",
                 _shape_of_work(modules, sample, rows, device),
-                lambda: dict(faster_precision(lambda kind: step(rows, kind), device)),
+                lambda: dict(faster_precision(step, rows, device)),
             )
             precision = "bf16" if agree(seconds["bf16"]) < agree(seconds["fp32"]) else "fp32"
             logger.info("phase %s: precision %s (seconds per step: %s)", phase.name, precision, seconds)
-    total_rows = _total_rows(phase, budget, flops_fixed, flops_per_row)
-    return Plan(stream.rows, total_rows, budget.seconds or math.inf, micro, precision, flops_fixed, flops_per_row)
+    plan = Plan(
+        stream.rows, None, budget.seconds or math.inf, micro, precision, flops_fixed, flops_per_row, processes=world
+    )
+    return replace(plan, total_rows=_total_rows(phase, budget, plan))
 
 
 def _shape_of_work(
@@ -130,22 +146,21 @@ def _shape_of_work(
     }
 
 
-def _total_rows(phase: Phase, budget: Budget, flops_fixed: float, flops_per_row: float) -> int | None:
-    rows = phase.stream.rows
+def _total_rows(phase: Phase, budget: Budget, plan: Plan) -> int | None:
     if budget.kind == "seconds":
         return None
     if budget.steps is not None:
-        return budget.steps * rows
+        return budget.steps * plan.rows
     if budget.tokens is not None:
         total = budget.tokens // phase.stream.tokens_per_row
     else:
-        if not flops_per_row > 0:  # NaN, or nothing that counts
+        if not plan.flops_per_row > 0:  # NaN, or nothing that counts
             raise UncountedFlops(
                 "a budget in FLOPs needs every heavy operation counted. Give it in tokens, steps or seconds."
             )
-        whole = int(budget.amount // (flops_fixed + rows * flops_per_row))
-        left = budget.amount - whole * (flops_fixed + rows * flops_per_row)
-        total = whole * rows + max(0, int((left - flops_fixed) // flops_per_row))
+        whole, left = divmod(budget.amount, plan.step_flops(plan.rows))
+        last = next((rows for rows in range(plan.rows - 1, 0, -1) if plan.step_flops(rows) <= left), 0)
+        total = int(whole) * plan.rows + last
     if total < 1:
         raise ValueError(f"a budget of {budget.amount:g} {budget.kind} is less than one row of phase {phase.name!r}.")
     return total
