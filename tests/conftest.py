@@ -219,3 +219,24 @@ def diagnose_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, objec
     pd.DataFrame(rows, columns=["N", "D", "r_d", "loss_domain", "loss_general"]).to_csv(path, index=False)
     # No interval: 200 refits take ten seconds. The starts of the fits still follow the seed.
     return {"runs": str(path), "starts": 8, "bootstrap": 0}
+
+
+@pytest.fixture(scope="session")
+def align_fields(tiny_encoder: Path, tiny_masked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make any method of the stage ``align`` run in a few seconds: two encoders and two classes of text."""
+    path = tmp_path_factory.mktemp("align") / "prompts.jsonl"
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as stream:
+        for kind in ("domain", "general"):
+            for _ in range(120):
+                drawn = " ".join(rng.choice([*SYLLABLES["domain"], *SYLLABLES["general"], *SYLLABLES[kind]], size=8))
+                stream.write(json.dumps({"text": drawn, "label": kind}) + "\n")
+    return {
+        "model": str(tiny_encoder),
+        "weak_model": str(tiny_masked),
+        "data": str(path),
+        "batch_size": 16,
+        "epochs": 1.0,
+        "optim": {"lr": 3e-3},
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }

@@ -109,6 +109,7 @@ FAMILIES: dict[str, Setting] = {
     ),
     "adapt": Setting(fixture="adapt_fields", opens=opens_as_safetensors),
     "continual": Setting(fixture="continual_fields", opens=opens_as_safetensors),
+    "align": Setting(fixture="align_fields", opens=opens_as_the_class_its_readme_names),
 }
 
 

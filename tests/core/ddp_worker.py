@@ -17,7 +17,7 @@ from headwater.core.objective import Loss
 from headwater.core.optim import OptimSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import LENGTH, Toy, ToyObjective, ToyStream  # run as a script
+from toy import LENGTH, Centred, Toy, ToyObjective, ToyStream  # run as a script
 
 
 class Headed(nn.Module):
@@ -42,7 +42,7 @@ def run(name: str, directory: Path, stop_at: int | None = None, calls: list | No
     """Train one configuration; the weights of model and objective."""
     model = Toy(dropout=0)
     model.register_buffer("seen", torch.zeros(()), persistent=False)  # counts the rows of this process: not comparable
-    objective = Headed() if name == "headed" else ToyObjective()
+    objective = {"headed": Headed, "aware": Centred}.get(name, ToyObjective)()
     settings = FitSettings(precision="fp32", log_every=1, checkpoint_every=2, micro_rows=2 if name == "micro" else None)
     phase = Phase("toy", model, ToyStream(rows=7), objective)
     directory = (
@@ -76,7 +76,7 @@ def run(name: str, directory: Path, stop_at: int | None = None, calls: list | No
 def main(directory: Path) -> None:
     rank = int(os.environ["RANK"])
     calls: list = []
-    for name in ("plain", "micro", "headed"):
+    for name in ("plain", "micro", "headed", "aware"):
         state = run(name, directory, calls=calls if name == "plain" else None)
         if rank == 0:
             save_file(state, directory / f"{name}.safetensors")

@@ -17,7 +17,7 @@ from headwater.core.objective import Loss
 from headwater.core.optim import OptimSpec, lr_factor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import LENGTH, Toy, ToyObjective, ToyStream, train  # tests are imported by path
+from toy import LENGTH, Centred, Toy, ToyObjective, ToyStream, train  # tests are imported by path
 
 FP32 = FitSettings(precision="fp32", log_every=1)
 SGD_LIKE = OptimSpec(
@@ -45,6 +45,61 @@ def test_equation_micro_batches_of_ragged_rows_give_the_gradient_of_the_batch(tm
         tmp_path / "parts", model=Toy(dropout=0), settings=FP32.model_copy(update={"micro_rows": micro}), **options
     )
     assert_close(whole.model, parts.model, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 4, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_equation_an_objective_sees_the_whole_batch_however_it_is_cut(tmp_path, micro, dropout):
+    steep = SGD_LIKE.model_copy(update={"eps": 1e-3})  # so that another centre shows in the weights
+
+    def weights_of(micro_rows, cls):
+        settings, model = FP32.model_copy(update={"micro_rows": micro_rows}), Toy(dropout)
+        phase = Phase("toy", model, ToyStream(), cls())
+        fit(phase, budget=Budget(steps=4), optim=steep, seed=0, directory=tmp_path / f"{cls}{micro_rows}",
+            settings=settings)  # fmt: skip
+        return model
+
+    class Blind(Centred):
+        """Takes each micro-batch for the whole."""
+
+        def begin_step(self, progress, over_batch):
+            super().begin_step(progress, None)
+
+    class Replayed(Centred):
+        """The centre of the pass to come, found by looking at each micro-batch as it comes and starting over."""
+
+        def begin_step(self, progress, over_batch):
+            super().begin_step(progress, over_batch)
+            seen = [over_batch(self.score) for _ in range(2)]
+            assert torch.equal(*seen), "the draws are those of the pass to come"
+
+    parts = weights_of(micro, Centred)
+    assert parts.seen > 0
+    if dropout == 0:
+        assert_close(weights_of(6, Centred), parts, atol=1e-5)
+        with pytest.raises(AssertionError):
+            assert_close(parts, weights_of(micro, Blind), atol=1e-4)
+    else:
+        assert_close(parts, weights_of(micro, Replayed), atol=0)
+    assert float(parts.seen) == 4 * 6, "looking leaves buffers as they were"
+
+
+def test_property_an_objective_is_told_how_far_training_is_also_after_a_resume(tmp_path):
+    def run(directory, on_metrics=None):
+        objective = Centred()
+        phase = Phase("toy", Toy(), ToyStream(), objective)
+        settings = FP32.model_copy(update={"checkpoint_every": 2})
+        fit(phase, budget=Budget(steps=5), optim=SGD_LIKE, seed=0, directory=directory, settings=settings,
+            on_metrics=on_metrics)  # fmt: skip
+        return objective.told, weights(phase.model)
+
+    told, whole = run(tmp_path / "whole")
+    assert told == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", stopped_at(3))
+    told, resumed = run(tmp_path / "stopped")
+    assert told == pytest.approx([0.4, 0.6, 0.8])
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 def test_oracle_the_loop_is_the_loop_one_would_write(tmp_path):

@@ -36,9 +36,10 @@ def two_processes(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["plain", "micro", "headed"])
+@pytest.mark.parametrize("name", ["plain", "micro", "headed", "aware"])
 def test_oracle_two_processes_train_as_one_does(two_processes, tmp_path, name):
-    """Ragged rows, a last batch of one row (so that one process has none), micro-batches, an objective with weights."""
+    """Ragged rows, a last batch of one row (one process has none), micro-batches, an objective with weights, and one
+    whose rows depend on each other."""
     expected = run(name, tmp_path)
     trained = load_file(two_processes / f"{name}.safetensors")
     assert trained.keys() == expected.keys()

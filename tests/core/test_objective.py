@@ -146,6 +146,26 @@ def test_equation_one_batch_of_eight_is_four_of_two_in_trainer(tmp_path):
     assert logged[0][0] == pytest.approx((loss.total / loss.count).item(), abs=2e-4)
 
 
+class Told(CausalObjective):
+    """Notes what it is told; asks for the whole batch where it comes in parts."""
+
+    def begin_step(self, progress, over_batch):
+        told.append(progress)
+        if over_batch is not None:
+            over_batch(lambda model, batch: batch["row"])
+
+
+told: list[float] = []
+
+
+def test_property_trainer_tells_how_far_training_is_and_refuses_what_it_cannot_show(tmp_path):
+    told.clear()
+    run_trainer(tmp_path, Told(), per_device_train_batch_size=8)
+    assert told == pytest.approx([0.0, 1 / 3, 2 / 3])
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
+        run_trainer(tmp_path, Told(), per_device_train_batch_size=2, gradient_accumulation_steps=4)
+
+
 class Headed(nn.Module):
     """A loss with a weight of its own and a frozen teacher."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from headwater.core.budget import Budget
 from headwater.core.fit import FitSettings, Interrupted, Phase, Trained, fit
-from headwater.core.objective import Loss
+from headwater.core.objective import Loss, OverBatch
 from headwater.core.optim import OptimSpec
 
 VOCABULARY, WIDTH, LENGTH = 32, 16, 8
@@ -60,6 +60,29 @@ class ToyObjective:
         total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         correct = ((logits.argmax(-1) == labels).sum() / (labels != -100).sum().clamp(min=1)).detach()
         return Loss(total, (labels != -100).sum(), {"accuracy": correct})
+
+
+class Centred:
+    """Squared distance of a row's score to twice the mean of the batch, weighed by progress."""
+
+    unit = "squared"
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+        self.centre: Tensor | None = None
+
+    @staticmethod
+    def score(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(batch["ids"]).square().mean((1, 2))
+
+    def begin_step(self, progress: float, over_batch: OverBatch | None) -> None:
+        self.told.append(progress)
+        self.centre = None if over_batch is None else over_batch(self.score).mean()
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        scores = self.score(model, batch)
+        centre = scores.mean().detach() if self.centre is None else self.centre
+        return Loss((scores - 2 * centre).square().sum() * (1 + (self.told or [0.0])[-1]), len(scores))
 
 
 class ToyStream:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from headwater.core.budget import Budget, Cost, analytic_flops
-from headwater.core.calibrate import autocast
+from headwater.core.calibrate import autocast, untouched
 from headwater.core.checkpoint import CheckpointError, CheckpointStore
-from headwater.core.distributed import local_rows
-from headwater.core.objective import Loss, Objective
+from headwater.core.distributed import gather_exact, local_rows
+from headwater.core.objective import Loss, Objective, StepAware
 from headwater.core.optim import OptimSpec, build_optimizer, lr_factor
 from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase, Trained
 from headwater.core.plan import Plan, make_plan, seed_forward
@@ -109,6 +110,7 @@ class Loop:
         self.device: torch.device = self.accelerator.device
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
         self.model = phase.model.to(self.device)
+        self.called = self.model  # or a compiled copy of it
         self.modules = [self.model]
         if isinstance(phase.objective, nn.Module):
             self.modules.append(phase.objective.to(self.device))
@@ -177,8 +179,8 @@ class Loop:
         self.model.train()
         if settings.gradient_checkpointing:
             _checkpoint_activations(self.model)
-        called = torch.compile(self.model) if settings.compile else self.model
-        forward: nn.Module = _Forward(self.model, called, self.phase.objective)  # type: ignore[arg-type]
+        self.called = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
+        forward: nn.Module = _Forward(self.model, self.called, self.phase.objective)
         if self.world > 1:
             forward = self.accelerator.prepare(forward)
         batches = _Batches(self.phase.stream, self.plan, self.rank, self.world).from_step(
@@ -223,6 +225,7 @@ class Loop:
             if here <= micro
             else [{k: v[i : i + micro] for k, v in batch.items()} for i in range(0, here, micro)]
         )
+        self._begin_step(parts, own)
         total: Tensor | float = 0.0
         count: Tensor | float = 0.0
         for number, part in enumerate(parts):
@@ -261,6 +264,29 @@ class Loop:
             return mean, norm, self._lap()
         stop.signum = signal.SIGTERM if host[2] else signal.SIGINT if host[3] else 0
         return mean, norm, host[4] / self.world
+
+    def _begin_step(self, parts: Sequence[Mapping[str, Tensor]], own: tuple[int, int]) -> None:
+        objective = self.phase.objective
+        if isinstance(objective, StepAware):
+            whole = self.world == 1 and len(parts) == 1
+            objective.begin_step(self._fraction(), None if whole else partial(self._over_batch, parts, own))
+
+    def _over_batch(
+        self,
+        parts: Sequence[Mapping[str, Tensor]],
+        own: tuple[int, int],
+        measure: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    ) -> Tensor:
+        """What ``measure`` gives for the rows of all processes, in order."""
+        step, found = self.progress.step, []
+        with torch.no_grad(), untouched(self.modules):
+            for number, part in enumerate(parts):
+                seed_forward(self.device, self.seed, self.phase.name, step, number, self.rank)
+                with autocast(self.plan.precision, self.device):
+                    found.append(measure(self.called, part))
+        # A process without a row holds the first one, which is then counted once.
+        rows = torch.arange(*own, device=self.device) if own[1] > own[0] else torch.zeros(1, device=self.device).long()
+        return gather_exact(torch.cat(found), rows, self.plan.rows_of(step))
 
     def _over_processes(self, total: Tensor | float, count: Tensor | float, signum: int) -> list[Tensor]:
         """Sums over processes of loss, count, both signals and seconds, so that all of them decide alike."""

@@ -6,7 +6,7 @@ give exactly the gradient of one large batch:  (sum_i total_i) / (sum_i count_i)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from headwater.core.trainer import ObjectiveTrainer
 
-__all__ = ["Loss", "Objective", "ObjectiveTrainer"]
+__all__ = ["Loss", "Objective", "ObjectiveTrainer", "OverBatch", "StepAware"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,30 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """Measure one micro-batch. Draws come from torch's global generator, which the loop seeds before each call."""
+        ...
+
+
+OverBatch = Callable[[Callable[[nn.Module, Mapping[str, Tensor]], Tensor]], Tensor]
+"""Called with ``measure(model, part)``, gives what that returns for each row of the whole batch, ``(rows, ...)``."""
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """An objective that changes on the way, or whose rows depend on each other.
+
+    The loop hands an objective one micro-batch at a time, which must add up. What depends on the batch as a whole, such
+    as a quantile of its scores, is taken before: the whole batch of all processes passes through the model without a
+    gradient, with the draws of the pass to come. That is a forward pass more where a batch is cut; ``seconds`` hold it,
+    the count of FLOPs does not.
+    """
+
+    def begin_step(self, progress: float, over_batch: OverBatch | None) -> None:
+        """Prepare for the calls of one step.
+
+        Args:
+            progress: fraction of the budget that is spent, 0 at the first step and below 1 at the last.
+            over_batch: measures the whole batch; ``None`` where the one call to come sees all of it.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from headwater.core.objective import Objective
+from headwater.core.objective import Objective, StepAware
 
 __all__ = ["ObjectiveTrainer"]
 
@@ -72,6 +72,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         model.train()
         if not self._sums and isinstance(self.objective, nn.Module):
             self.objective.zero_grad()  # between steps the Trainer clears only the model
+        if not self._sums and isinstance(self.objective, StepAware):
+            whole = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+            self.objective.begin_step(self.state.global_step / self.state.max_steps, None if whole else _unseen)
         batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss = self.objective(model, batch)
@@ -139,3 +142,11 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             return {}
         frozen = {name for name, p in self.objective.named_parameters() if not p.requires_grad}
         return {k: v.detach().cpu().contiguous() for k, v in self.objective.state_dict().items() if k not in frozen}
+
+
+def _unseen(measure: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> Tensor:
+    """An ``OverBatch`` that refuses: the Trainer hands over micro-batches one by one."""
+    raise ValueError(
+        "this objective must see the whole batch, and the Trainer hands over a part at a time. Set "
+        "gradient_accumulation_steps=1 in one process, or train with headwater.core.fit, which cuts batches exactly."
+    )
