@@ -14,6 +14,7 @@ import typer
 
 from headwater import __version__
 from headwater.core.catalogue import Catalogue, Entry
+from headwater.core.launch import launched_processes, launched_rank, leave_launched
 from headwater.core.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -130,6 +131,9 @@ def run(
 
     with _logging():
         result = execute(loaded, out, resume=resume)
+    leave_launched()
+    if launched_rank():
+        return
     width = max(map(len, result.metrics), default=0)
     for name, value in result.metrics.items():
         typer.echo(f"{name:<{width}}  {value:.6g}")
@@ -184,6 +188,14 @@ def demo(
         _compare(Comparison.parse(text, overrides, source="demo.yaml"), out)
 
 
+def _refuse_launched() -> None:
+    if launched_processes() > 1:
+        raise ValueError(
+            f"this command was launched in {launched_processes()} processes and is made of many runs; start it once, "
+            "without torchrun. A comparison's `workers` says how many runs go at a time."
+        )
+
+
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 
@@ -195,6 +207,7 @@ def _seed_override(seeds: int | None) -> list[str]:
 def _compare(comparison: Comparison, out: Path) -> None:
     from headwater.core.compare import compare
 
+    _refuse_launched()
     model = comparison.shared.get("model")
     if isinstance(model, str) and model.startswith("headwater:"):
         # Made here once, with all processors, instead of by every worker waiting for the first.
@@ -251,6 +264,7 @@ def reproduce(
     """Check a method's claim here and write its verdict; exit 0 whatever the verdict is."""
     if every == (method is not None):
         raise ValueError("name one method, or give --all")
+    _refuse_launched()
     from headwater.core.cache import atomic_write_text
     from headwater.core.claim import reproduce as check
 

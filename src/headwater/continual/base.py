@@ -248,7 +248,8 @@ class ContinualRecipe(Recipe):
             evaluation = self._one_task(learner, index, evaluator, progress, run)
             state = {f"learner/{name}": tensor for name, tensor in learner.state().items()}
             progress.memory_bytes.append(sum(tensor.nbytes for tensor in state.values()))
-            store.save(index + 1, state, vars(progress))
+            if run.is_main_process:
+                store.save(index + 1, state, vars(progress))
         if evaluation is None:  # resumed after the last task
             evaluation = evaluator(learner, len(stream) - 1)
         learner.save(run.model, stream.data.label_names)

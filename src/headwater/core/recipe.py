@@ -211,7 +211,7 @@ class Pipeline(Recipe):
             data = step if previous is None else _replace_previous(step, previous)
             recipe = load_recipe(data, where=f"steps.{position}")
             label = f"{position:02d}-{recipe.id}"
-            previous = run.path(label)
+            previous = run.nested(label)
             result = execute(recipe, previous, resume=True)
             metrics.update({f"{label}/{name}": value for name, value in result.metrics.items()})
         return metrics

@@ -7,6 +7,9 @@ checkpoints/       what resume needs
 model/             what the run leaves behind, in formats others open
 result.json        status, metrics and cost; written last, so that its presence means the run is over
 log.txt            the log
+
+Where several processes were launched for one run (``torchrun -m headwater run``), all of them go through the recipe and
+train together; the first one alone writes here. The others have a scratch directory for what they would write.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +35,7 @@ from typing import Any, Self, TextIO
 
 from headwater import __version__
 from headwater.core.cache import atomic_write_text
+from headwater.core.launch import launched_rank, wait_for_launched
 from headwater.core.recipe import Metrics, Recipe, load_recipe, recipe_data
 from headwater.core.signals import Interrupted
 
@@ -109,9 +115,14 @@ class Run:
         self.logger = logging.getLogger(f"headwater.run.{directory.name}")
         self._lock: TextIO | None = None
         self._handler: logging.Handler | None = None
+        self.is_main_process = launched_rank() == 0
+        self._home = directory
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.is_main_process:
+            self._home = Path(tempfile.mkdtemp(prefix="headwater-process-"))
+            return self
         self._lock = _acquire(self.directory / ".lock")
         try:
             self._check_recipe()
@@ -135,6 +146,8 @@ class Run:
             self._handler.close()
         if self._lock is not None:
             self._lock.close()
+        if not self.is_main_process:
+            shutil.rmtree(self._home, ignore_errors=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -144,16 +157,20 @@ class Run:
     @property
     def model(self) -> Path:
         """Where the model that the run leaves behind goes."""
-        return self.directory / "model"
+        return self._home / "model"
 
     def path(self, name: str) -> Path:
-        """Path of a file or folder of this run; ``name`` must be one safe component."""
+        """Path of a file or folder that this run writes; ``name`` must be one safe component."""
+        return self._home / check_name(name)
+
+    def nested(self, name: str) -> Path:
+        """Directory of a run inside this one, the same in every process."""
         return self.directory / check_name(name)
 
     def log(self, metrics: Mapping[str, float], **where: float | str) -> None:
         """Append one line to ``metrics.jsonl``: ``where`` (step, phase, ...) and the metrics."""
         line = json.dumps({**where, **metrics})
-        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        with (self._home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def write_json(self, name: str, data: Any) -> Path:  # Any: JSON data
@@ -213,11 +230,12 @@ def execute(recipe: Recipe, directory: Path, *, resume: bool = False) -> Result:
     """
     with Run(directory, recipe, resume=resume) as run:
         stored = directory / "result.json"
-        if resume and stored.exists():
-            result = read_result(directory)
-            if result.status == "done":
-                return result
-        stored.unlink(missing_ok=True)
+        finished = read_result(directory) if resume and stored.exists() else None
+        wait_for_launched()  # all have looked before one writes
+        if finished is not None and finished.status == "done":
+            return finished
+        if run.is_main_process:
+            stored.unlink(missing_ok=True)
         begin = time.monotonic()
         with _failure_recorded(run, begin):
             metrics = recipe.run(run)
@@ -225,6 +243,7 @@ def execute(recipe: Recipe, directory: Path, *, resume: bool = False) -> Result:
             "done", dict(sorted(metrics.items())), run.cost, time.monotonic() - begin, None, run.data, run.notes
         )
         run.write_json("result.json", result.to_dict())
+        wait_for_launched()  # what was written is there when the next run wants to read it
         return result
 
 
