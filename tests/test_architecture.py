@@ -73,6 +73,26 @@ def test_property_light_code_imports_nothing_heavy(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("--help", ("pydantic", "importlib.metadata", "tomllib")),
+        ("methods", ("pydantic", "importlib.metadata")),
+    ],
+)
+def test_property_the_command_line_answers_without_what_it_does_not_use(words: str, unused: tuple[str, ...]) -> None:
+    # -I and -S: what this environment itself imports at start does not count.
+    paths = [str(ROOT.parent), *(path for path in sys.path if path)]
+    check = (
+        f"import sys; sys.path[:0] = {paths!r}; sys.argv = ['headwater', {words!r}]\n"
+        "from headwater.cli import app\n"
+        "try:\n    app()\nexcept SystemExit as done:\n    assert done.code == 0\n"
+        f"loaded = [m for m in {unused!r} if m in sys.modules]; assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_property_no_pickle_and_no_global_seeding() -> None:
     for path in ROOT.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

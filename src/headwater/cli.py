@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwater import __version__
-from headwater.core.catalogue import Catalogue, Entry
+from headwater.core.catalogue import Catalogue
 from headwater.core.launch import launched_processes, launched_rank, leave_launched
 from headwater.core.signals import Interrupted
 
 if TYPE_CHECKING:
+    from headwater.core.catalogue import Entry
     from headwater.core.compare import Comparison
 
 __all__ = ["app", "main"]
@@ -28,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # Without a default typer 0.29 imports pydantic to convert a --help that was not given, in every command.
+    context_settings={"default_map": {"help": False, "methods": {"help": False}}},
 )
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
@@ -61,14 +62,15 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+# The words are what the parser leaves over: as a parameter they too would cost the import of pydantic.
+@app.command(options_metavar="[WORDS]... [OPTIONS]", context_settings={"allow_extra_args": True})
 def methods(
-    words: Annotated[list[str] | None, typer.Argument(help="Words to search for, or `show ID`.")] = None,
+    context: typer.Context,
     as_json: AsJson = False,
     bibtex: Annotated[bool, typer.Option("--bibtex", help="With `show ID`: print the citation only.")] = False,
 ) -> None:
-    """List the catalogue, search it, or show one method."""
-    catalogue = Catalogue.load()
+    """List the catalogue, search it for WORDS, or show one method: `headwater methods show ID`."""
+    words, catalogue = context.args, Catalogue.load()
     if words and words[0] == "show":
         if len(words) != 2:
             raise ValueError("`headwater methods show` takes one id, e.g. `headwater methods show gda`")
@@ -78,10 +80,10 @@ def methods(
     if as_json:
         # References are the baselines of every comparison, not methods; a search may still find them.
         chosen = found if words else [entry for entry in found if entry.kind == "method"]
-        typer.echo(json.dumps([entry.to_dict() for entry in chosen], indent=2))
+        typer.echo(_json([entry.to_dict() for entry in chosen]))
         return
     if not found:
-        typer.echo(f"No method matches {' '.join(words or [])!r}. `headwater methods` lists all.")
+        typer.echo(f"No method matches {' '.join(words)!r}. `headwater methods` lists all.")
     for entry in found:
         mark = "  (reference)" if entry.kind == "reference" else ""
         typer.echo(f"{entry.stage + '/' + entry.id:<30} {entry.summary}{mark}")
@@ -92,7 +94,7 @@ def _show(entry: Entry, *, as_json: bool, bibtex: bool) -> None:
         typer.echo(entry.bibtex())
         return
     if as_json:
-        typer.echo(json.dumps({**entry.to_dict(), "schema": entry.recipe_class().model_json_schema()}, indent=2))
+        typer.echo(_json({**entry.to_dict(), "schema": entry.recipe_class().model_json_schema()}))
         return
     typer.echo(f"{entry.stage}/{entry.id}: {entry.title}\n\n{entry.summary}\n\n{entry.docstring}\n")
     typer.echo(f"Needs: {', '.join(entry.needs)}\nGives: {', '.join(entry.gives)}\nCost:  {entry.cost}\n\nFields:")
@@ -102,6 +104,12 @@ def _show(entry: Entry, *, as_json: bool, bibtex: bool) -> None:
     for evidence in entry.evidence():
         stale = " (stale: the code changed since)" if evidence.stale else ""
         typer.echo(f"\nClaim at scale {evidence.scale}: {evidence.verdict}{stale}\n  {evidence.data['statement']}")
+
+
+def _json(data: object) -> str:
+    import json
+
+    return json.dumps(data, indent=2)
 
 
 @app.command()
@@ -235,7 +243,7 @@ def advise(
     catalogue = Catalogue.load()
     advice = ask(catalogue, have or [])
     if as_json:
-        typer.echo(json.dumps([item.to_dict() for item in advice], indent=2))
+        typer.echo(_json([item.to_dict() for item in advice]))
         return
     if not have:
         things = sorted({need for entry in catalogue.methods for need in entry.needs})
@@ -276,11 +284,11 @@ def reproduce(
         verdicts.append(verdict)
         if publish is not None:
             publish.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(publish / f"{id}.{scale}.json", json.dumps(verdict, indent=2) + "\n")
+            atomic_write_text(publish / f"{id}.{scale}.json", _json(verdict) + "\n")
         if not as_json:
             typer.echo(_verdict_text(verdict) + f"\n  {out / id / 'verdict.json'}")
     if as_json:
-        typer.echo(json.dumps(verdicts if every else verdicts[0], indent=2))
+        typer.echo(_json(verdicts if every else verdicts[0]))
 
 
 def _verdict_text(verdict: dict[str, Any]) -> str:  # Any: JSON data
@@ -311,6 +319,8 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a run, c
 @contextmanager
 def _logging() -> Iterator[None]:
     """Show the library's log on standard error while a command runs."""
+    import logging
+
     logger, handler = logging.getLogger("headwater"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)

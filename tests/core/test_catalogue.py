@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -78,6 +81,51 @@ def test_property_another_package_adds_methods(tmp_path: Path, monkeypatch: pyte
             Catalogue.load()
     finally:
         Catalogue.load.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["p-1.0.dist-info", "p.egg-info", "EGG-INFO", "archive.zip", "finder", "nothing"])
+def test_oracle_packages_are_announced_wherever_importlib_would_find_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "p.egg" if name == "EGG-INFO" else tmp_path
+    text = "[headwater.catalogue]\nmine = othermethods\n"
+    if name == "archive.zip":
+        place = tmp_path / name
+        with ZipFile(place, "w") as archive:
+            archive.writestr("p-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: p\nVersion: 1.0\n")
+            archive.writestr("p-1.0.dist-info/entry_points.txt", text)
+    elif name == "finder":
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Elsewhere()])
+    else:
+        info = place / name
+        info.mkdir(parents=True)
+        (info / ("METADATA" if "dist" in name else "PKG-INFO")).write_text("Name: p\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(text if name != "nothing" else "[console_scripts]\nx = y:z\n")
+    monkeypatch.setattr(sys, "path", [str(place)])
+    found = [point.value for point in metadata.entry_points(group="headwater.catalogue")]
+    assert found == ([] if name == "nothing" else ["othermethods"])
+    assert module._other_packages() == found
+
+
+class Elsewhere:
+    """An importer with distributions of its own, as importlib.metadata allows."""
+
+    def find_spec(self, *_: object) -> None:
+        return None
+
+    def find_distributions(self, _: object) -> list[metadata.Distribution]:
+        class Distribution(metadata.Distribution):
+            def read_text(self, filename: str) -> str | None:
+                texts = {
+                    "METADATA": "Name: p\nVersion: 1.0\n",
+                    "entry_points.txt": "[headwater.catalogue]\nmine = othermethods\n",
+                }
+                return texts.get(filename)
+
+            def locate_file(self, path: object) -> Path:
+                return Path(str(path))
+
+        return [Distribution()]
 
 
 def test_property_evidence_goes_stale_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
