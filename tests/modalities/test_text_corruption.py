@@ -111,6 +111,15 @@ def test_oracle_every_placement_is_equally_likely(placement: str) -> None:
     assert chisquare(list(drawn.values())).pvalue > 1e-6
 
 
+@pytest.mark.parametrize("placement", ["uniform", "t5"])
+def test_degenerate_equal_uniforms_still_give_exact_counts(placement: str) -> None:
+    u = np.floor(4 * uniforms(50, 64)) / 4  # of 64 draws, many are equal to the one at the edge
+    noise, spans = span_counts(64, 3, 0.5)
+    for row in span_mask(u, 3, 0.5, placement):  # type: ignore[arg-type]
+        assert row.sum() == noise
+        assert len(spans_of(row)) == spans
+
+
 def test_property_one_long_span_starts_anywhere() -> None:
     starts = span_mask(uniforms(10_000, 512), 64, 0.15).argmax(axis=1)
     assert starts.min() >= 0

@@ -159,7 +159,8 @@ class ClassMoments:
     def _chunk_scatter(self, chunk: Any, code: Any, counts: Any, means: Any) -> Any:
         if self.kind == "none":
             return None
-        residual = chunk - means[code]
+        residual = means[code]
+        residual -= chunk  # in place, and of the other sign, which no square sees
         if self.kind == "diag":
             return _group_sums(residual * residual, code, len(counts))
         if self.kind == "pooled":

@@ -95,7 +95,9 @@ def hash_uniform(seed: int, rows: ArrayLike, n: int, stream: int = 0) -> NDArray
         >>> bool((hash_uniform(0, [9], 4) == batch[2]).all())
         True
     """
-    return (hash_bits(seed, rows, n, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform = (hash_bits(seed, rows, n, stream) >> np.uint64(11)).astype(np.float64)
+    uniform *= 2.0**-53
+    return uniform
 
 
 def hash_normal(seed: int, rows: ArrayLike, n: int, stream: int = 0) -> NDArray[np.float64]:

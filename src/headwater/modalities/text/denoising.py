@@ -110,6 +110,10 @@ class MixtureOfDenoisers:
             raise ValueError(f"unknown layout {layout!r}.")
         self.denoisers, self.layout, self.input_length, self.model = tuple(denoisers), layout, input_length, model
         self._cumulative = _cumulative(weights, len(self.denoisers))
+        # The place of each denoiser when rows are sorted by it, suffixes last: what is alike is then a slice.
+        suffix = [isinstance(denoiser.corruption, SuffixCorruption) for denoiser in self.denoisers]
+        self._place = np.argsort(np.argsort(suffix, kind="stable"))
+        self._num_spans = suffix.count(False)
         self.eos, self.pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
         self.modes = _mode_ids(tokenizer, self.denoisers, mode_tokens)
         vocabulary = tokenizer.get_vocab()
@@ -160,13 +164,22 @@ class MixtureOfDenoisers:
         kind = self.choose(rows)
         made = _Examples.empty(len(ids), self._widths, self.pad)
         for length in np.unique(lengths):
-            block = np.stack([row for row in ids if len(row) == length]) if len(ids) else np.empty((0, length))
             here = np.flatnonzero(lengths == length)
+            here = here[np.argsort(self._place[kind[here]], kind="stable")]
+            starts = np.searchsorted(self._place[kind[here]], np.arange(len(self.denoisers) + 1))
+            block = np.concatenate([ids[i] for i in here], dtype=np.int32, casting="same_kind").reshape(-1, length)
             u = hash_uniform(derive_seed(self.seed, "corruption"), rows[here], int(length))
-            for k in np.unique(kind[here]):
-                chosen = kind[here] == k
-                mask = self.denoisers[k].corruption.mask(u[chosen])
-                self._write(made, here[chosen], block[chosen], mask, self.denoisers[k])
+            mask = np.empty(u.shape, dtype=np.bool_)
+            for denoiser, place in zip(self.denoisers, self._place, strict=True):
+                part = slice(starts[place], starts[place + 1])
+                if part.start < part.stop:
+                    mask[part] = denoiser.corruption.mask(u[part])
+            spans = starts[self._num_spans]
+            for suffix, part in ((False, slice(spans)), (True, slice(spans, None))):
+                if len(here[part]):
+                    self._write(made, here[part], block[part], mask[part], suffix=suffix)
+        if self.modes is not None:
+            made.inputs[:, 0] = np.array([self.modes[denoiser.mode] for denoiser in self.denoisers])[kind]
         batch = self._batch(made, made.labels(), self.shape[0])
         if self.return_denoiser:
             batch["denoiser"] = torch.from_numpy(kind)
@@ -174,6 +187,8 @@ class MixtureOfDenoisers:
 
     def choose(self, rows: ArrayLike) -> NDArray[np.int64]:
         """Return the index of the denoiser that each row draws, ``(B,)``."""
+        if len(self.denoisers) == 1:
+            return np.zeros(len(np.asarray(rows)), dtype=np.int64)
         u = hash_uniform(derive_seed(self.seed, "denoiser"), rows, 1)[:, 0]
         return np.searchsorted(self._cumulative, u, side="right").astype(np.int64)
 
@@ -201,7 +216,10 @@ class MixtureOfDenoisers:
             near = Denoiser(mode=near.mode, corruption=corruption)  # spans need sentinels, whatever was trained
         noise = int(mask.sum(axis=1).max(initial=0))
         made = _Examples.empty(len(ids), (ids.shape[1] + 2, 2 * noise + 1), self.pad)
-        self._write(made, np.arange(len(ids)), ids, mask, near, limit=made.targets.shape[1])
+        suffix = isinstance(near.corruption, SuffixCorruption)
+        self._write(made, np.arange(len(ids)), ids, mask, suffix=suffix, limit=made.targets.shape[1])
+        if self.modes is not None:
+            made.inputs[:, 0] = self.modes[near.mode]
         made = made.trimmed()
         place = np.arange(made.targets.shape[1])
         content = (place < made.target_lengths[:, None] - 1) & ~np.isin(made.targets, self.sentinels)
@@ -212,13 +230,13 @@ class MixtureOfDenoisers:
             batch["decoder_input_ids"] = torch.from_numpy(shifted.astype(np.int64))
         return batch
 
-    def _read(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
+    def _read(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[NDArray[np.integer]], NDArray[np.int64]]:
         if features and any("row" not in feature for feature in features):
             raise ValueError(
                 "a feature has no 'row', by which its corruption is drawn. Wrap the data set in "
                 "headwater.pretrain.base.with_rows(dataset); in transformers.Trainer set remove_unused_columns=False."
             )
-        kept = [(np.asarray(f["input_ids"], dtype=np.int32), int(f["row"])) for f in features]
+        kept = [(np.asarray(f["input_ids"]), int(f["row"])) for f in features]
         kept = [(ids, row) for ids, row in kept if len(ids) >= MIN_ROW]
         self.dropped += len(features) - len(kept)
         if features and not kept:
@@ -234,19 +252,17 @@ class MixtureOfDenoisers:
         rows: NDArray[np.int64],
         ids: NDArray[np.integer],
         mask: NDArray[np.bool_],
-        denoiser: Denoiser,
         *,
+        suffix: bool,
         limit: int | None = None,
     ) -> None:
-        """Corrupt rows of one length by one denoiser, into their places among the examples."""
-        if isinstance(denoiser.corruption, SuffixCorruption):
+        """Corrupt rows of one length, into their places among the examples, with room for the mode in front."""
+        if suffix:
             inputs, input_lengths = closed_rows(ids, ~mask, self.eos, self.pad)
             targets, target_lengths = closed_rows(ids, mask, self.eos, self.pad)
         else:
             inputs, input_lengths, targets, target_lengths = to_sentinels(ids, mask, self.sentinels, self.eos, self.pad)
-        head = 0
-        if self.modes is not None:
-            head, made.inputs[rows, 0] = 1, self.modes[denoiser.mode]
+        head = 0 if self.modes is None else 1
         made.inputs[rows, head : head + inputs.shape[1]] = inputs
         made.input_lengths[rows] = head + input_lengths
         limit = limit or self.target_length
@@ -267,8 +283,8 @@ class MixtureOfDenoisers:
         total = made.total_lengths[:, None]
         in_input = place < made.input_lengths[:, None]
         in_target = ~in_input & (place < total)
-        ids = np.full(in_input.shape, self.pad, dtype=np.int32)
-        aligned = np.full(in_input.shape, IGNORED, dtype=np.int32)
+        ids = np.full(in_input.shape, self.pad)
+        aligned = np.full(in_input.shape, IGNORED)
         ids[in_input], ids[in_target] = made.inputs[made.real_inputs()], made.targets[made.real_targets()]
         aligned[in_target] = labels[made.real_targets()]
         batch = _tensors(input_ids=ids, labels=aligned, position_ids=np.broadcast_to(place, ids.shape))
@@ -289,14 +305,14 @@ def prefix_mask(model: PreTrainedModel, prefix_lengths: Tensor, input_ids: Tenso
 class _Examples:
     """Corrupted rows before they are laid out; both matrices are padded."""
 
-    inputs: NDArray[np.int32]
+    inputs: NDArray[np.int64]
     input_lengths: NDArray[np.int64]
-    targets: NDArray[np.int32]
+    targets: NDArray[np.int64]
     target_lengths: NDArray[np.int64]
 
     @classmethod
     def empty(cls, rows: int, widths: tuple[int, int], pad: int) -> _Examples:
-        inputs, targets = (np.full((rows, width), pad, dtype=np.int32) for width in widths)
+        inputs, targets = (np.full((rows, width), pad, dtype=np.int64) for width in widths)
         return cls(inputs, np.zeros(rows, dtype=np.int64), targets, np.zeros(rows, dtype=np.int64))
 
     @property
@@ -309,8 +325,8 @@ class _Examples:
     def real_targets(self) -> NDArray[np.bool_]:
         return np.arange(self.targets.shape[1]) < self.target_lengths[:, None]
 
-    def labels(self) -> NDArray[np.int32]:
-        return np.where(self.real_targets(), self.targets, np.int32(IGNORED))
+    def labels(self) -> NDArray[np.int64]:
+        return np.where(self.real_targets(), self.targets, IGNORED)
 
     def trimmed(self) -> _Examples:
         widths = int(self.input_lengths.max(initial=0)), int(self.target_lengths.max(initial=0))
@@ -320,7 +336,7 @@ class _Examples:
 
 
 def _tensors(**arrays: NDArray[Any]) -> dict[str, Tensor]:  # Any: integers or booleans
-    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for name, array in arrays.items()}
 
 
 def _cumulative(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:

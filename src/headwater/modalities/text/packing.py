@@ -195,7 +195,8 @@ class PackedBlocks:
 
     def blocks(self, items: ArrayLike) -> NDArray[np.int64]:
         """Return blocks by their place in the store, ``(B,)`` in [0, len), as ``(B, T)`` int64."""
-        return self.store.tokens[self._places(items)].astype(np.int64)
+        whole = self.store.tokens[: len(self) * self.seq_len].reshape(-1, self.seq_len)
+        return whole[np.asarray(items, dtype=np.int64)].astype(np.int64)
 
     def document_ids(self, items: ArrayLike) -> NDArray[np.int64]:
         """Return which document of the store each token of these blocks belongs to, ``(B, T)`` int64."""
