@@ -129,7 +129,7 @@ def main() -> None:
     for name in ("span", "ul2"):
         speeds[name] = ids.size / seconds[f"{name}, ours"]
         ratios[name] = (seconds[f"{name}, row by row"] / seconds[f"{name}, ours"], Bound("higher", floor=10))
-        ratios[f"{name}, tokens/s over 60e6"] = (speeds[name] / FAST, Bound("higher", floor=0, world=1))
+        ratios[f"{name}, tokens/s over 60e6"] = (speeds[name] / FAST, Bound("higher", None, 1))
     report(
         "How much faster are corrupted rows made by the batch than row by row?",
         ratios,

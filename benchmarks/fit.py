@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.harness import Bound, cpu_seconds, least_of, report
@@ -107,7 +107,9 @@ def by_trainer(size: Size, rows: Rows, precision: Precision) -> LlamaForCausalLM
             save_strategy="no",
             dataloader_pin_memory=False,
         )
-        _InOrder(model=model, args=args, train_dataset=rows).train()
+        trainer = _InOrder(model=model, args=args, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return model
 
 

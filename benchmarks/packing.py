@@ -95,7 +95,7 @@ def main() -> None:
         "How much faster do tokenised documents become batches of blocks than by datasets.map?",
         {
             "datasets.map over ours": (seconds["datasets.map"] / seconds["ours"], Bound("higher", floor=50)),
-            "ours' speed over numpy's": (seconds["numpy"] / seconds["ours"], Bound("higher", floor=0, world=0.5)),
+            "ours' speed over numpy's": (seconds["numpy"] / seconds["ours"], Bound("higher", None, 0.5)),
         },
         seconds=seconds,
         checked=checked,
