@@ -108,7 +108,17 @@ FAMILIES: dict[str, Setting] = {
         unseeded=frozenset({"single_part", "average", "instruction_vector"}),
     ),
     "adapt": Setting(fixture="adapt_fields", opens=opens_as_safetensors),
-    "continual": Setting(fixture="continual_fields", opens=opens_as_safetensors),
+    "continual": Setting(
+        fixture="continual_fields",
+        opens=opens_as_safetensors,
+        extra={
+            "adam_cil": {
+                "peft": {"kind": "lora"},
+                "first_task": {"epochs": 2, "batch_size": 8, "optim": {"lr": 0.1}},
+                "fit": {"precision": "fp32", "checkpoint_every": 2, "log_every": 1},
+            }
+        },
+    ),
     "align": Setting(fixture="align_fields", opens=opens_as_the_class_its_readme_names),
 }
 

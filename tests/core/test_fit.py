@@ -14,7 +14,7 @@ from headwater.core.calibrate import faster_precision, rows_that_fit, untouched
 from headwater.core.checkpoint import CheckpointError, CheckpointStore
 from headwater.core.fit import FitSettings, Phase, fit
 from headwater.core.objective import Loss
-from headwater.core.optim import OptimSpec, lr_factor
+from headwater.core.optim import OptimSpec, SgdSpec, lr_factor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import LENGTH, Centred, Toy, ToyObjective, ToyStream, train  # tests are imported by path
@@ -297,6 +297,16 @@ def test_oracle_resume_is_bit_equal_at_any_step_across_epochs(tmp_path, workers)
             [{k: v for k, v in point.items() if k != "seconds"} for point in t.trajectory] for t in (whole, resumed)
         ]
         assert timeless[0] == timeless[1]
+
+
+def test_oracle_resume_brings_the_momentum_of_sgd_back(tmp_path):
+    settings = FP32.model_copy(update={"checkpoint_every": 1})
+    options = {"steps": 6, "settings": settings, "optim": SgdSpec(lr=0.1)}
+    whole = train(tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", on_metrics=stopped_at(3), **options)
+    resumed = train(tmp_path / "cut", **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 def test_property_workers_and_earlier_draws_change_nothing(tmp_path):

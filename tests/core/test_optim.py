@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from headwater.core.optim import OptimSpec, build_optimizer, lr_factor, parameter_groups
+from headwater.core.optim import (
+    AdamWSpec,
+    OptimChoice,
+    OptimSpec,
+    SgdSpec,
+    build_optimizer,
+    lr_factor,
+    parameter_groups,
+)
+from headwater.core.recipe import RecipeError, Spec, validate
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "triangle")
 
@@ -64,6 +73,47 @@ def test_oracle_the_first_step_is_adamw_by_hand():
     optimizer.step()
     # decay 2 * (1 - 0.1 * 0.5) = 1.9; the first bias-corrected step is lr * g / (|g| + eps) = 0.1
     assert layer.weight.item() == pytest.approx(1.8, abs=1e-6)
+
+
+def test_oracle_two_steps_of_sgd_with_momentum_by_hand():
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 2.0)
+    nn.init.constant_(layer.bias, 2.0)
+    optimizer = build_optimizer(layer, SgdSpec(lr=0.1, momentum=0.5, weight_decay=0.5))
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 1)).backward()
+        optimizer.step()
+    # weight: g = 1 + 0.5 * 2 = 2, 2 - 0.2 = 1.8; then 0.5 * 2 + (1 + 0.5 * 1.8) = 2.9, 1.8 - 0.29 = 1.51
+    assert layer.weight.item() == pytest.approx(1.51, abs=1e-6)
+    # bias, not decayed: 2 - 0.1 = 1.9; then 0.5 * 1 + 1 = 1.5, 1.9 - 0.15 = 1.75
+    assert layer.bias.item() == pytest.approx(1.75, abs=1e-6)
+
+
+class Chosen(Spec):
+    """A recipe's corner where the optimizer is chosen."""
+
+    optim: OptimChoice = SgdSpec()
+
+
+def test_property_the_choice_of_optimizer_is_by_kind_and_sgd_without_one():
+    assert validate(Chosen, {"optim": {"lr": 0.5}}, where="x").optim == SgdSpec(lr=0.5)
+    assert validate(Chosen, {"optim": {"kind": "adamw", "lr": 0.5}}, where="x").optim == AdamWSpec(lr=0.5)
+    assert isinstance(AdamWSpec(), OptimSpec)
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ({"kind": "lion"}, "'lion' .* 'sgd', 'adamw'"),
+        ({"momentun": 0.5}, "'optim.sgd.momentun'. Did you mean 'momentum'"),
+        ({"kind": "adamw", "bettas": [0, 0]}, "'optim.adamw.bettas'. Did you mean 'betas'"),
+        ({"kind": "adamw", "momentum": 0.9}, "'optim.adamw.momentum'. Fields here: betas, "),
+    ],
+)
+def test_rejects_a_choice_with_the_names_of_what_was_chosen(optim, words):
+    with pytest.raises(RecipeError, match=words):
+        validate(Chosen, {"optim": optim}, where="x")
 
 
 def test_rejects_a_model_without_anything_to_train():

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from headwater.modalities import features
-from headwater.modalities.features import FeatureStore, extract_features, zero_shot_weights
+from headwater.modalities.features import ArrayEncoder, Encoder, FeatureStore, extract_features, zero_shot_weights
 
 TEXTS = ["a b", "c", "a b c d e f g", "b b b", "g f e d", "a"]
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -275,3 +275,46 @@ def test_rejects_what_it_cannot_honour(bert, clip, vit, tokenizer, tmp_path):
         extract_features(bert, TEXTS, processor=tokenizer, transform=lambda t: t, out=tmp_path)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(extract_features(bert, TEXTS, processor=tokenizer).batches(0))
+
+
+# The encoder by itself.
+
+
+def test_property_an_encoder_passes_gradients_to_the_model_itself(bert, tokenizer):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    encoder = Encoder(bert, tokenizer, "text")
+    encoder(encoder.prepare(TEXTS)).sum().backward()
+    assert bert.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+    expected = extract_features(bert, TEXTS, processor=tokenizer)
+    with torch.no_grad():
+        np.testing.assert_allclose(encoder(encoder.prepare(TEXTS)).numpy(), expected.X, atol=1e-5)
+    assert encoder.resolved == "mean"
+
+
+def test_property_an_encoder_tells_how_an_image_became_a_vector(vit, vit_processor):
+    encoder = Encoder(vit, vit_processor, "image")
+    assert encoder.resolved is None
+    encoder(encoder.prepare(images(2)))
+    assert encoder.resolved == "pooler"
+    vit.pooler = None
+    encoder(encoder.prepare(images(2)))
+    assert encoder.resolved == "cls"
+
+
+def test_oracle_without_a_processor_inputs_are_the_models_own_tensors(vit, bert):
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    encoder = Encoder(vit, None, "image")
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(encoder.prepare(pixels)), vit(torch.from_numpy(pixels)).pooler_output)
+        encoder = Encoder(bert, None, "text")
+        short = bert(torch.tensor([[5, 6, 7]])).last_hidden_state.mean(1)
+        torch.testing.assert_close(encoder(encoder.prepare([np.array([5, 6, 7, 0, 0])])), short)
+
+
+def test_property_any_module_over_arrays_is_an_encoder():
+    module = torch.nn.Linear(3, 2)
+    encoder = ArrayEncoder(module)
+    x = np.ones((4, 3))
+    torch.testing.assert_close(encoder(encoder.prepare(x)), module(torch.ones(4, 3)))
+    with pytest.raises(ValueError, match=r"\(batch, D\); got \(2,\)"):
+        encoder(encoder.prepare(np.ones(3)))

@@ -1,12 +1,12 @@
-"""What a continual recipe reads: labelled texts, as they are or as features of a frozen encoder, cut into a stream."""
+"""What a continual recipe reads: labelled texts or images, as they are or as features of a frozen encoder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,11 +17,17 @@ from headwater.core.recipe import DataRef, ModelRef, Spec
 from headwater.core.rng import derive_seed
 from headwater.modalities.text import labelled
 from headwater.modalities.text.labelled import DOCSTRINGS, MINILM, text_array
+from headwater.modalities.vision.digits import Gap, digits
+from headwater.modalities.vision.labelled import encode_images, open_labelled_images
+
+if TYPE_CHECKING:
+    from headwater.modalities.features import FeatureStore
 
 __all__ = [
     "DOCSTRINGS",
     "MINILM",
     "StreamSpec",
+    "digits_data",
     "docstring_data",
     "encode_texts",
     "load_stream_data",
@@ -32,12 +38,15 @@ __all__ = [
 class StreamSpec(Spec):
     """What arrives, in which order, in how many tasks."""
 
+    modality: Literal["text", "image"] = Field(default="text", description="what the samples are")
     data: DataRef = Field(
         default=DataRef(name=DOCSTRINGS),
-        description="labelled training texts; the builtin brings its own test and validation",
+        description="labelled training samples; the builtin brings its own test and validation",
     )
-    test: DataRef | None = Field(default=None, description="labelled test texts; required unless `data` is the builtin")
-    validation: DataRef | None = Field(default=None, description="labelled texts for choosing hyperparameters")
+    test: DataRef | None = Field(
+        default=None, description="labelled test samples; required unless `data` is the builtin"
+    )
+    validation: DataRef | None = Field(default=None, description="labelled samples for choosing hyperparameters")
     increment: int = Field(default=4, gt=0, description="classes per task; the last task takes what remains")
     init: int | None = Field(default=None, gt=0, description="classes of the first task; `increment` by default")
     tasks: int | None = Field(default=None, gt=0, description="keep only the first so many tasks")
@@ -59,6 +68,8 @@ class StreamSpec(Spec):
         if self.data.kind == "builtin":
             if self.data.name != DOCSTRINGS:
                 raise ValueError(f"no builtin stream {self.data.name!r}; there is {DOCSTRINGS!r}")
+            if self.modality != "text":
+                raise ValueError(f"{DOCSTRINGS!r} holds texts; name labelled images in `data` and `test`")
             if self.test is not None or self.validation is not None:
                 raise ValueError(
                     f"{DOCSTRINGS!r} brings its own test and validation texts; leave `test` and `validation` out"
@@ -101,19 +112,23 @@ def per_class_subset(samples: Samples, count: int, seed: int) -> Samples:
 
 
 def load_stream_data(spec: StreamSpec, encoder: ModelRef | None, *, max_tokens: int | None = 128) -> StreamData:
-    """Read the labelled texts; with an encoder, as its features, computed once and cached.
+    """Read the labelled samples; with an encoder, as its features, computed once and cached.
 
     Args:
         spec: what to read.
-        encoder: a frozen encoder; without one the inputs are the texts.
+        encoder: a frozen encoder; without one the inputs are the texts, or images as encoded files.
         max_tokens: tokens of each text that the encoder reads; ``None`` for as many as it can.
 
     Raises:
-        StreamError: a test or validation label that no training text has.
+        StreamError: a test or validation label that no training sample has.
         CorpusError: nothing there to read.
     """
-    texts = docstring_data() if spec.data.kind == "builtin" else _labelled(spec)
-    return texts if encoder is None else encode_texts(texts, encoder, max_tokens=max_tokens)
+    samples = docstring_data() if spec.data.kind == "builtin" else _labelled(spec)
+    if encoder is None:
+        return samples
+    if spec.modality == "image":
+        return _encoded(samples, lambda images: encode_images(images, encoder))
+    return encode_texts(samples, encoder, max_tokens=max_tokens)
 
 
 def docstring_data(packages: Sequence[str] | None = None, *, per_class: int = 200) -> StreamData:
@@ -139,8 +154,9 @@ def _labelled(spec: StreamSpec) -> StreamData:
     read = {}
     for role, ref in (("train", spec.data), ("test", spec.test), ("validation", spec.validation)):
         if ref is not None:
-            texts, labels = open_labelled(ref, role=f"stream.{role}")
-            read[role] = (text_array(texts), labels)
+            opened = open_labelled_images if spec.modality == "image" else open_labelled
+            inputs, labels = opened(ref, role=f"stream.{role}")
+            read[role] = (text_array(inputs), labels)
     data = StreamData.from_labels(read["train"], read["test"], read.get("validation"))
     parts = [data.train, data.test, *([data.validation] if data.validation is not None else [])]
     return replace(data, fingerprint=_fingerprint(parts))
@@ -149,7 +165,8 @@ def _labelled(spec: StreamSpec) -> StreamData:
 def _fingerprint(parts: Sequence[Samples]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps([part.inputs.tolist(), part.labels.tolist()]).encode())
+        inputs = [i if isinstance(i, str) else hashlib.sha256(i).hexdigest() for i in part.inputs.tolist()]
+        digest.update(json.dumps([inputs, part.labels.tolist()]).encode())
     return digest.hexdigest()
 
 
@@ -164,11 +181,34 @@ def encode_texts(data: StreamData, encoder: ModelRef, *, max_tokens: int | None 
     Raises:
         ValueError: see ``extract_features``.
     """
+    return _encoded(data, lambda texts: labelled.encode_texts(texts, encoder, max_tokens=max_tokens).store)
+
+
+def _encoded(data: StreamData, encode: Callable[[list[Any]], FeatureStore]) -> StreamData:  # Any: texts or images
     parts = [part for part in (data.train, data.test, data.validation) if part is not None]
-    texts = [text for part in parts for text in part.inputs]
-    store = labelled.encode_texts(texts, encoder, max_tokens=max_tokens).store
+    store = encode([item for part in parts for item in part.inputs])
     borders = np.cumsum([len(part) for part in parts])[:-1]
     features = [np.asarray(piece) for piece in np.split(store.X, borders)]
     train, test, *validation = [replace(part, inputs=piece) for part, piece in zip(parts, features, strict=True)]
     fingerprint = hashlib.sha256(f"{data.fingerprint} {store.fingerprint}".encode()).hexdigest()
     return StreamData(train, test, validation[0] if validation else None, data.label_names, fingerprint)
+
+
+def digits_data(gap: Gap = "none") -> StreamData:
+    """Twenty classes of 8 x 8 images, ``(n, 64)`` float32: scikit-learn's digits turned by 270 degrees, and mirrored.
+
+    ``modalities.vision.digits.digits_backbone`` has seen other images of them, at 0, 90 and 180 degrees.
+
+    Args:
+        gap: ``invert_noise`` puts the images further from those: ink and paper exchanged, Gaussian noise added.
+    """
+    read = {part: digits(part, ("rot270", "mirror"), gap) for part in ("train", "test", "validation")}
+    train, test, validation = (Samples(part.images, part.labels) for part in read.values())
+    return StreamData(train, test, validation, read["train"].label_names, _array_fingerprint([train, test, validation]))
+
+
+def _array_fingerprint(parts: Sequence[Samples]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.inputs.tobytes() + part.labels.tobytes())
+    return digest.hexdigest()

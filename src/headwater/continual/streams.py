@@ -52,7 +52,7 @@ class Samples:
     """Labelled inputs.
 
     Attributes:
-        inputs: ``(n, ...)``: features, pixels, token ids, or texts as an object array.
+        inputs: ``(n, ...)``: features, pixels, token ids; or texts or encoded images, as an object array.
         labels: ``(n,)`` int64.
         tasks: ``(n,)`` int64: the task a sample arrives in, where the data decide that; else ``None``.
     """

@@ -17,7 +17,7 @@ from torch import nn
 
 from headwater.core.budget import Budget, Meter
 from headwater.core.loop import Loop
-from headwater.core.optim import OptimSpec
+from headwater.core.optim import AnyOptim
 from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase, Trained
 from headwater.core.signals import Interrupted, StopSignals
 
@@ -39,7 +39,7 @@ def fit(
     phase: Phase,
     *,
     budget: Budget,
-    optim: OptimSpec,
+    optim: AnyOptim,
     seed: int,
     directory: Path,
     settings: FitSettings | None = None,
@@ -103,7 +103,7 @@ def fit_phases(
     phases: Generator[Phase, Trained, Left],
     *,
     budget: Callable[[], Budget],
-    optim: OptimSpec,
+    optim: AnyOptim,
     seed: int,
     directory: Path,
     settings: FitSettings,

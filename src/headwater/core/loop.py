@@ -30,7 +30,7 @@ from headwater.core.calibrate import autocast, untouched
 from headwater.core.checkpoint import CheckpointError, CheckpointStore
 from headwater.core.distributed import gather_exact, local_rows
 from headwater.core.objective import Loss, Objective, StepAware
-from headwater.core.optim import OptimSpec, build_optimizer, lr_factor
+from headwater.core.optim import AnyOptim, build_optimizer, lr_factor
 from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase, Trained
 from headwater.core.plan import Plan, make_plan, seed_forward
 from headwater.core.progress import progress_bar
@@ -97,7 +97,7 @@ class Loop:
     """One phase being trained: what `fit` would otherwise pass from function to function."""
 
     def __init__(
-        self, phase: Phase, budget: Budget, optim: OptimSpec, seed: int, directory: Path, settings: FitSettings
+        self, phase: Phase, budget: Budget, optim: AnyOptim, seed: int, directory: Path, settings: FitSettings
     ) -> None:
         if budget.kind == "none":
             raise ValueError(f"phase {phase.name!r} needs a budget: one of steps, tokens, flops, seconds.")

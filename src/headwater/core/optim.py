@@ -1,18 +1,27 @@
-"""AdamW with the settings that a recipe holds: parameter groups, schedules, and the optimizer itself."""
+"""AdamW and SGD with the settings that a recipe holds: parameter groups, schedules, and the optimizers themselves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from headwater.core.optim8 import AdamW8bit
 
-__all__ = ["OptimSpec", "build_optimizer", "lr_factor", "parameter_groups"]
+__all__ = [
+    "AdamWSpec",
+    "AnyOptim",
+    "OptimChoice",
+    "OptimSpec",
+    "SgdSpec",
+    "build_optimizer",
+    "lr_factor",
+    "parameter_groups",
+]
 
 
 class OptimSpec(BaseModel):
@@ -56,7 +65,51 @@ class OptimSpec(BaseModel):
         return self
 
 
-def lr_factor(spec: OptimSpec, progress: float) -> float:
+class SgdSpec(BaseModel):
+    """How weights are moved: SGD with momentum, a schedule over the fraction of the budget spent, clipping."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["sgd"] = Field(default="sgd", description="SGD with momentum")
+    lr: float = Field(default=0.01, gt=0, description="Highest learning rate, reached at the end of warmup.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Decay of the running sum of gradients.")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, description="L2 penalty of matrices; vectors and scalars have none."
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction of the budget over which the rate rises from 0."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after warmup.")
+    final_lr: float = Field(
+        default=0.0, ge=0, le=1, description="Rate at the end, as a fraction of lr; 'constant' ignores it."
+    )
+    clip: float | None = Field(default=None, gt=0, description="Largest global gradient norm; null for none.")
+
+
+class AdamWSpec(OptimSpec):
+    """``OptimSpec`` under a name, for recipes that offer a choice of optimizers."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="AdamW")
+
+
+AnyOptim = OptimSpec | SgdSpec
+"""What ``fit`` takes."""
+
+
+def _kind(value: Any) -> str:  # Any: what the user wrote, or a spec
+    kind = value.get("kind", "sgd") if isinstance(value, dict) else getattr(value, "kind", "sgd")
+    return str(kind)
+
+
+OptimChoice = Annotated[
+    Annotated[SgdSpec, Tag("sgd")] | Annotated[AdamWSpec, Tag("adamw")],
+    # A function rather than the field's name, so that {lr: 0.03} alone, as a grid sets it, still means SGD.
+    Discriminator(_kind),
+]
+"""What a recipe holds where the user chooses the optimizer: ``{lr: 0.01}``, or ``{kind: adamw, lr: 1e-4}``."""
+
+
+def lr_factor(spec: AnyOptim, progress: float) -> float:
     """What to multiply ``spec.lr`` by when a fraction ``progress`` of the budget has been spent.
 
     Args:
@@ -87,7 +140,7 @@ def _trainable(model: nn.Module | Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
 
 
-def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: AnyOptim) -> list[dict[str, object]]:
     """Two groups: matrices (two dimensions or more) with weight decay, vectors and scalars without.
 
     Parameters that several modules share stand once, frozen ones not at all, and empty groups are left out.
@@ -102,8 +155,8 @@ def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) ->
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> torch.optim.Optimizer:
-    """AdamW over everything trainable in one module or several; one fused kernel on CPU and CUDA.
+def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: AnyOptim) -> torch.optim.Optimizer:
+    """AdamW or SGD over everything trainable in one module or several; one fused kernel on CPU and CUDA.
 
     Raises:
         ValueError: nothing requires a gradient.
@@ -111,7 +164,9 @@ def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: OptimSpec) -> 
     groups = parameter_groups(model, spec)
     if not groups:
         raise ValueError("nothing to train: no parameter of the model or of the objective requires a gradient.")
-    if spec.states == "8bit":
+    if isinstance(spec, OptimSpec) and spec.states == "8bit":
         return AdamW8bit(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in _trainable(model))
+    if isinstance(spec, SgdSpec):
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=fused)
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headwater.core.budget import Cost
 from headwater.core.objective import Objective
-from headwater.core.optim import OptimSpec
+from headwater.core.optim import AnyOptim
 
 __all__ = ["BatchStream", "EvalAt", "FitSettings", "NonFiniteLoss", "Phase", "Trained"]
 
@@ -102,7 +102,7 @@ class Phase:
     stream: BatchStream
     objective: Objective
     share: float = 1.0
-    optim: OptimSpec | None = None
+    optim: AnyOptim | None = None
     schedule_span: float | None = None
     schedule_start: float = 0.0
 

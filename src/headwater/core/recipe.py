@@ -358,20 +358,21 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
 
 def _field_names(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Fields of the model that ``location`` leads to inside ``cls``; empty when it leads elsewhere."""
-    current: type[BaseModel] | None = cls
+    models = [cls]
     for part in location:
-        if current is None:
-            return []
-        if isinstance(part, str) and part in current.model_fields:
-            current = _inner_model(current.model_fields[part].annotation)
-    return sorted(current.model_fields) if current else []
+        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        if fields:
+            models = [inner for field in fields for inner in _inner_models(field.annotation)]
+        else:  # a position in a list, a key, or the tag that says which model of a choice is meant
+            models = [model for model in models if _tag(model) == part] or models
+    return sorted({name for model in models for name in model.model_fields})
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:  # Any: a typing construct
+def _tag(model: type[BaseModel]) -> Any:  # Any: a field's default
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
+def _inner_models(annotation: Any) -> list[type[BaseModel]]:  # Any: a typing construct
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _inner_model(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [found for argument in getattr(annotation, "__args__", ()) for found in _inner_models(argument)]

@@ -14,8 +14,10 @@ Texts and sounds are sorted by length within a shard, so that a batch holds litt
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +29,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoProcessor, PreTrainedModel
 
-from headwater.core.cache import atomic_write_text
+from headwater.core.cache import atomic_write_text, cache_dir
 from headwater.core.rng import numpy_generator
 from headwater.modalities.models import parameter_fingerprint
+from headwater.modalities.vision.labelled import decode_image
 
-__all__ = ["FeatureStore", "Modality", "Pooling", "extract_features", "zero_shot_weights"]
+__all__ = [
+    "ArrayEncoder",
+    "Encoder",
+    "FeatureStore",
+    "Modality",
+    "Pooling",
+    "cached_features",
+    "extract_features",
+    "zero_shot_weights",
+]
 
 Modality = Literal["text", "image", "audio"]
 Pooling = Literal["auto", "mean", "last", "cls", "pooler"]
@@ -157,8 +169,9 @@ def extract_features(
     if transform is not None:
         inputs = [transform(item) for item in inputs]
     inputs = [_checked(item, kind, row, processor) for row, item in enumerate(inputs)]
-    encode = _Encoder(model, processor, kind, layer, pooling, max_length, normalize, getattr(np, dtype))
-    fingerprint = _fingerprint(model, processor, encode.options, transform, inputs, codes, named=out is not None)
+    encoder = Encoder(model, processor, kind, layer=layer, pooling=pooling, max_length=max_length, normalize=normalize)
+    options = [kind, layer, encoder.pooling, encoder.max_length, normalize, np.dtype(dtype).name]
+    fingerprint = _fingerprint(model, processor, options, transform, inputs, codes, named=out is not None)
 
     def store(X: NDArray[Any]) -> FeatureStore:
         return FeatureStore(X, None, codes, ids, label_names, fingerprint)
@@ -169,7 +182,8 @@ def extract_features(
         X: NDArray[Any] | None = None
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            features = encode([part[i] for i in rows])
+            with torch.no_grad():
+                features = encoder(encoder.prepare([part[i] for i in rows])).cpu().numpy().astype(dtype)
             if not np.isfinite(features).all():
                 bad = start + rows[int((~np.isfinite(features)).any(axis=1).argmax())]
                 raise ValueError(f"the feature of row {bad} is not finite.")
@@ -189,6 +203,34 @@ def extract_features(
         return store(_write(Path(out), fingerprint, len(inputs), starts, shard))
     finally:
         model.train(training).to(home)
+
+
+def cached_features(
+    key: str,
+    model: nn.Module,
+    data: Sequence[Any] | NDArray[Any],
+    **options: Any,  # Any: inputs; options
+) -> tuple[FeatureStore, float]:
+    """``extract_features`` in the user cache: computed once a machine, also when several processes ask at a time.
+
+    Args:
+        key: one plain name that differs where weights, inputs or options do.
+        model: as there, like all that follow.
+        data: a sequence of inputs.
+        options: passed on.
+
+    Returns:
+        The features, and the seconds that computing them took, now or then.
+    """
+    home = cache_dir("features", key)
+    with (home / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits and then reads
+        begin, computed = time.monotonic(), not (home / "manifest.json").exists()
+        store = extract_features(model, list(data), out=home, **options)
+        cost = home / "cost.json"
+        if computed or not cost.exists():
+            atomic_write_text(cost, json.dumps({"seconds": time.monotonic() - begin}))
+    return store, float(json.loads(cost.read_text(encoding="utf-8"))["seconds"])
 
 
 def zero_shot_weights(
@@ -223,70 +265,113 @@ def zero_shot_weights(
     return unit
 
 
-class _Encoder:
-    """From a list of inputs to a ``(batch, D)`` array."""
+class Encoder(nn.Module):
+    """A Hugging Face encoder from a batch of inputs to one vector each, differentiable: for training as well.
+
+    ``prepare`` makes tensors of inputs, the call makes features of those. The model itself is used, not copied: what
+    is put into it in place, such as adapters, takes part. Whether it is in evaluation mode is the caller's affair.
+
+    Args:
+        model: as in ``extract_features``; the head of one that has a head is passed by.
+        processor: tokenizer, image processor, feature extractor, or a processor that holds them. ``None``: inputs are
+            the model's own tensors as arrays, token ids ``(tokens,)`` or pixels ``(channels, height, width)``.
+        modality: of the inputs.
+        layer: index into the hidden states.
+        pooling: see the module.
+        max_length: tokens kept of a text; ``None`` keeps what the model can read.
+        normalize: scale each vector to unit length.
+
+    Attributes:
+        model: what is called: the given one without wrapper and head.
+        of_two: whether that is the encoder of an encoder-decoder.
+        dual: whether it is a tower of a dual encoder.
+        resolved: what pooling ``"auto"`` came to; ``None`` before the first call that tells.
+
+    Shapes:
+        ``prepare`` gives tensors ``(batch, ...)`` on the CPU; the call gives ``(batch, D)`` float32 where the model is.
+
+    Raises:
+        ValueError: ``layer`` or ``pooling`` for a dual encoder, which has its projected features only.
+    """
+
+    model: Any  # Any: the forward signature differs from model to model
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
-        kind: Modality,
-        layer: int,
-        pooling: Pooling,
-        max_length: int | None,
-        normalize: bool,
-        dtype: Any,
+        model: nn.Module,
+        processor: Any,  # Any: tokenizers, image processors and feature extractors have no common type
+        modality: Modality,
+        *,
+        layer: int = -1,
+        pooling: Pooling = "auto",
+        max_length: int | None = None,
+        normalize: bool = False,
     ) -> None:
-        # Any: the forward signature differs from model to model.
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.dual = hasattr(self.model, f"get_{kind}_features")
+        super().__init__()
+        given: Any = model  # Any: PEFT is untyped
+        bare = given.get_base_model() if hasattr(given, "get_base_model") else given
+        self.dual = hasattr(bare, f"get_{modality}_features")
         if self.dual and (layer != -1 or pooling != "auto"):
             raise ValueError("a dual encoder gives its projected features; leave layer and pooling at their defaults.")
-        if not self.dual and isinstance(self.model, PreTrainedModel):
-            self.model = self.model.base_model  # without a head, whose logits nobody would read
-            if self.model.config.is_encoder_decoder:
-                self.model = self.model.get_encoder()
-        if pooling == "auto" and kind == "text" and not self.dual:
-            pooling = _text_pooling(self.model)
-        if kind == "text":
-            max_length = _max_length(self.model, processor, max_length)
-        self.processor, self.kind, self.layer = processor, kind, layer
-        self.pooling, self.max_length, self.normalize, self.dtype = pooling, max_length, normalize, dtype
-        self.options = [kind, layer, pooling, max_length, normalize, np.dtype(dtype).name]
+        self.of_two = False
+        if not self.dual and isinstance(bare, PreTrainedModel):
+            bare = bare.base_model  # without a head, whose logits nobody would read
+            self.of_two = bool(bare.config.is_encoder_decoder)
+            if self.of_two:
+                bare = bare.get_encoder()
+        if pooling == "auto" and modality == "text" and not self.dual:
+            pooling = _text_pooling(bare)
+        if modality == "text":
+            max_length = _max_length(bare, processor, max_length)
+        self.model = bare
+        self.processor = _part(processor, modality)
+        self.modality, self.layer, self.pooling = modality, layer, pooling
+        self.max_length, self.normalize = max_length, normalize
+        self.resolved: Pooling | None = None if pooling == "auto" else pooling
 
-    @torch.no_grad()
-    def __call__(self, items: list[Any]) -> NDArray[Any]:
-        batch = self._prepare(items)
-        if self.dual:
-            output = getattr(self.model, f"get_{self.kind}_features")(**batch)
-            pooled = output if isinstance(output, Tensor) else output.pooler_output
-        else:
-            output = self.model(**batch, output_hidden_states=self.layer != -1)
-            pooled = self._pool(output, batch.get("attention_mask"))
-        pooled = pooled.float()
-        if self.normalize:
-            pooled = nn.functional.normalize(pooled, dim=-1)
-        features: NDArray[Any] = pooled.cpu().numpy().astype(self.dtype)
-        return features
-
-    def _prepare(self, items: list[Any]) -> dict[str, Tensor]:
-        if self.kind == "text":
+    def prepare(self, items: Sequence[Any] | NDArray[Any]) -> dict[str, Tensor]:  # Any: inputs of the modality
+        """Tensors of some inputs, padded to the longest; images may be encoded files (``bytes``)."""
+        if self.processor is None:
+            return self._own_tensors(torch.from_numpy(np.stack(list(items))))
+        items = list(items)
+        if self.modality == "text":
             encoded = self.processor(
                 items, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
             )
-        elif self.kind == "image":
-            encoded = self.processor(items, return_tensors="pt")
+        elif self.modality == "image":
+            encoded = self.processor(
+                [decode_image(item) if isinstance(item, bytes) else item for item in items], return_tensors="pt"
+            )
         else:
             rate = getattr(self.processor, "sampling_rate", None)
             encoded = self.processor(
                 items, sampling_rate=rate, padding=True, return_attention_mask=True, return_tensors="pt"
             )
+        return dict(encoded)
+
+    def _own_tensors(self, values: Tensor) -> dict[str, Tensor]:
+        batch = {getattr(self.model, "main_input_name", "input_ids"): values}
+        pad = getattr(self.model.config, "pad_token_id", None)
+        if self.modality == "text" and pad is not None:
+            batch["attention_mask"] = (values != pad).long()
+        return batch
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Features of what ``prepare`` gave."""
         parameter = next(self.model.parameters())
         # Integers keep their dtype; pixels and waves take that of the weights.
-        return {
+        batch = {
             name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-            for name, value in encoded.items()
+            for name, value in batch.items()
         }
+        if self.dual:
+            output = getattr(self.model, f"get_{self.modality}_features")(**batch)
+            pooled = output if isinstance(output, Tensor) else output.pooler_output
+        else:
+            output = self.model(**batch, output_hidden_states=self.layer != -1)
+            pooled = self._pool(output, batch.get("attention_mask"))
+        pooled = pooled.float()
+        return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def _pool(self, output: Any, mask: Tensor | None) -> Tensor:
         hidden: Tensor = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
@@ -295,13 +380,14 @@ class _Encoder:
         if pooling == "auto":
             pooling = "mean"
             if (
-                self.kind == "image"
+                self.modality == "image"
                 and hidden.ndim == 3
                 and any("cls_token" in n for n, _ in self.model.named_parameters())
             ):
                 pooling = "cls"
-            if self.kind == "image" and pooler is not None:
+            if self.modality == "image" and pooler is not None:
                 pooling = "pooler"
+        self.resolved = pooling
         if pooling == "pooler":
             if pooler is None:
                 raise ValueError(f"{type(self.model).__name__} gives no pooler_output at layer {self.layer}.")
@@ -310,7 +396,7 @@ class _Encoder:
             return hidden.mean(dim=(2, 3))
         if pooling == "cls":
             return hidden[:, 0]
-        if mask is None or self.kind == "image":
+        if mask is None or self.modality == "image":
             mask = torch.ones(hidden.shape[:2], device=hidden.device)
         elif mask.shape[1] != hidden.shape[1]:
             # Sounds: the mask counts samples, the hidden states frames.
@@ -323,6 +409,36 @@ class _Encoder:
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         weight = mask.to(torch.float32)[..., None]
         return (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+class ArrayEncoder(nn.Module):
+    """Any module over arrays, behind the two calls of ``Encoder``.
+
+    Args:
+        module: from ``(batch, ...)`` float32 to features ``(batch, D)``.
+    """
+
+    model: Any  # Any: the user's own class
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.model = module
+
+    def prepare(self, items: Sequence[Any] | NDArray[Any]) -> dict[str, Tensor]:  # Any: numbers
+        """The inputs as one float32 tensor."""
+        return {"inputs": torch.from_numpy(np.asarray(items, dtype=np.float32))}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Features, ``(batch, D)``.
+
+        Raises:
+            ValueError: the module gives another shape.
+        """
+        parameter = next(self.model.parameters())
+        features: Tensor = self.model(batch["inputs"].to(parameter.device, parameter.dtype))
+        if features.ndim != 2:
+            raise ValueError(f"an encoder gives one vector for each input, (batch, D); got {tuple(features.shape)}.")
+        return features.float()
 
 
 def _text_pooling(model: Any) -> Pooling:

@@ -24,6 +24,7 @@ __all__ = [
     "ModelError",
     "head_of",
     "is_quantised",
+    "load_encoder",
     "load_model",
     "load_tokenizer",
     "model_directory",
@@ -135,6 +136,19 @@ def load_model(ref: ModelRef, head: Head, *, random: bool = False) -> nn.Module:
         return merged.eval()
     opened: nn.Module = cls.from_pretrained(directory, dtype=dtype, use_safetensors=True, **shared)
     return opened.eval()
+
+
+def load_encoder(ref: ModelRef) -> nn.Module:
+    """A fresh copy of a model without a head, in ``eval`` mode, on the CPU.
+
+    Raises:
+        ModelError: see ``load_model``.
+    """
+    # Weights that a checkpoint lacks, such as the pooler of one saved with a language-model head, are drawn from the
+    # global generator: from the same state each time, or the model would have another fingerprint at every opening.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return load_model(ref, "none")
 
 
 def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:

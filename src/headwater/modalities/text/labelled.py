@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.core.cache import atomic_write_text, cache_dir
 from headwater.core.recipe import ModelRef
 
 if TYPE_CHECKING:
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
     from headwater.modalities.features import FeatureStore
 
-__all__ = ["DOCSTRINGS", "MINILM", "EncodedTexts", "encode_texts", "open_encoder", "text_array"]
+__all__ = ["DOCSTRINGS", "MINILM", "EncodedTexts", "encode_texts", "ends_at_unit_length", "open_encoder", "text_array"]
 
 DOCSTRINGS = "headwater:docstrings"
 """Docstrings of installed packages, the package's name masked, labelled with the package: about 29 classes."""
@@ -60,32 +57,25 @@ def encode_texts(
     """
     import transformers
 
-    from headwater.modalities.features import extract_features
+    from headwater.modalities.features import cached_features
     from headwater.modalities.models import parameter_fingerprint
 
     model, tokenizer = open_encoder(encoder)
     if normalize is None:
-        normalize = _ends_at_unit_length(model)
+        normalize = ends_at_unit_length(model)
     about = [parameter_fingerprint(model), str(encoder), max_tokens, normalize, transformers.__version__]
     # The library's version stands for what else could change the features of the same weights and texts.
     digest = hashlib.sha256(json.dumps([*about, list(texts)]).encode())
-    home = cache_dir("features", digest.hexdigest()[:24])
-    with (home / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits and then reads
-        begin, computed = time.monotonic(), not (home / "manifest.json").exists()
-        store = extract_features(
-            model,
-            list(texts),
-            processor=tokenizer,
-            modality="text",
-            max_length=max_tokens,
-            normalize=normalize,
-            out=home,
-        )
-        cost = home / "cost.json"
-        if computed or not cost.exists():
-            atomic_write_text(cost, json.dumps({"seconds": time.monotonic() - begin}))
-    return EncodedTexts(store, float(json.loads(cost.read_text(encoding="utf-8"))["seconds"]))
+    store, seconds = cached_features(
+        digest.hexdigest()[:24],
+        model,
+        texts,
+        processor=tokenizer,
+        modality="text",
+        max_length=max_tokens,
+        normalize=normalize,
+    )
+    return EncodedTexts(store, seconds)
 
 
 def open_encoder(ref: ModelRef) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -94,25 +84,19 @@ def open_encoder(ref: ModelRef) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         ModelError: see ``load_model``.
     """
-    import torch
+    from headwater.modalities.models import load_encoder, load_tokenizer
 
-    from headwater.modalities.models import load_model, load_tokenizer
-
-    # Weights that a checkpoint lacks, such as the pooler of one saved with a language-model head, are drawn from the
-    # global generator: from the same state each time, or the model would have another fingerprint at every opening.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return load_model(ref, "none"), load_tokenizer(ref)
+    return load_encoder(ref), load_tokenizer(ref)
 
 
-def text_array(texts: Sequence[str]) -> NDArray[Any]:  # Any: texts
+def text_array(texts: Sequence[str] | Sequence[bytes]) -> NDArray[Any]:  # Any: texts, or encoded files
     """Texts as an array ``(n,)``, each at its own length; a NumPy string array would pad all to the longest."""
     array = np.empty(len(texts), dtype=object)
     array[:] = list(texts)
     return array
 
 
-def _ends_at_unit_length(model: nn.Module) -> bool:
+def ends_at_unit_length(model: nn.Module) -> bool:
     """Whether the checkpoint is a sentence encoder that says its vectors have unit length (``modules.json``)."""
     modules = Path(str(getattr(model.config, "_name_or_path", ""))) / "modules.json"
     return modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Images: sample data, readers, small backbones."""
