@@ -22,7 +22,7 @@ from headwater.core.lora import add_lora
 from headwater.core.objective import Objective
 from headwater.core.recipe import ModelRef
 from headwater.core.rng import derive_seed
-from headwater.domain.corpus import Corpus, Prepared, prepare, tokenized
+from headwater.domain.corpus import Prepared, prepare
 from headwater.modalities.models import (
     ModelError,
     head_of,
@@ -34,6 +34,7 @@ from headwater.modalities.models import (
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.objectives import CausalObjective, TokenObjective
 from headwater.modalities.text.packing import MaskedStream, MixedStream, PackedBlocks
+from headwater.modalities.text.prepared import Readable, tokenized
 from headwater.modalities.text.score import bits_per_byte
 
 if TYPE_CHECKING:
@@ -79,9 +80,8 @@ class Adaptation:
         """
         head = _head(recipe)
         prepared = prepare(recipe.domain, recipe.general, held_out=recipe.held_out)
-        run.record_data("domain", prepared.domain.fingerprint)
-        if prepared.general is not None:
-            run.record_data("general", prepared.general.fingerprint)
+        for role, found in prepared.fingerprints.items():
+            run.record_data(role, found)
         ctx = cls(recipe, prepared, load_tokenizer(recipe.model), head, 0, Meter(), run)
         ctx.seq_len = _seq_len(recipe, ctx._start_once)
         if recipe.batch_tokens < ctx.seq_len:
@@ -98,12 +98,12 @@ class Adaptation:
         return ctx
 
     @property
-    def domain(self) -> Corpus:
+    def domain(self) -> Readable:
         """The domain's training and validation documents."""
         return self.prepared.domain
 
     @property
-    def general(self) -> Corpus | None:
+    def general(self) -> Readable | None:
         """The general training and validation documents, if a general corpus was given."""
         return self.prepared.general
 

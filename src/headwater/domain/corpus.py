@@ -1,67 +1,41 @@
-"""The two corpora of a run: split by document, cleaned of overlap, tokenised once per machine."""
+"""The two corpora of a run: read, split by document, cleaned of overlap, and refused where they measure nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from headwater.core.cache import cache_dir, cache_key, cached_json
-from headwater.core.leak import Sealed
 from headwater.core.recipe import CorpusRef
-from headwater.modalities.text.docs import CorpusError, Document, drop_overlap, fingerprint, split_sides
+from headwater.modalities.text.docs import CorpusError, Document
 from headwater.modalities.text.document_store import DocumentStore, stored_corpus, text_digest
-from headwater.modalities.text.packing import TokenStore, tokenize_documents
+from headwater.modalities.text.prepared import Readable, drop_repeats, split_corpus, split_shares
 
-__all__ = ["Corpus", "Prepared", "held_out_sample", "prepare", "tokenized"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Prepared", "prepare"]
 
 MIN_HELD_OUT_DOCUMENTS = 20
 MIN_HELD_OUT_BYTES = 20_000
-OVERLAP_CHUNK = 20_000
-"""Training documents that are compared with the held-out ones at a time; bounds memory."""
 SHARED_LIMIT = 0.3
 """Domain and general text with more documents in common than this share are taken for one corpus given twice."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a method may read of a corpus. ``test`` is sealed: touching it raises ``TestLeak``."""
-
-    name: str
-    train: DocumentStore
-    valid: DocumentStore
-    fingerprint: str
-    test: Sealed = field(default_factory=lambda: Sealed("the test set"))
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Both corpora, with the test documents that only the evaluation gets.
 
-    ``dropped`` counts training documents that repeat a held-out one, ``documents`` what is left, per corpus.
+    ``fingerprints`` are of the corpora as they were read, ``dropped`` counts training documents that repeat a held-out
+    one.
     """
 
-    domain: Corpus
-    general: Corpus | None
+    domain: Readable
+    general: Readable | None
     domain_test: Sequence[Document]
     general_test: Sequence[Document]
+    fingerprints: dict[str, str]
     dropped: int
 
 
 def prepare(domain: CorpusRef, general: CorpusRef | None, *, held_out: float) -> Prepared:
     """Read, split by a hash of the document's id, and drop from training what repeats held-out text.
-
-    The split does not depend on the recipe's seed: every contestant and every seed is scored on the same documents.
 
     Args:
         domain: texts to adapt to.
@@ -75,53 +49,18 @@ def prepare(domain: CorpusRef, general: CorpusRef | None, *, held_out: float) ->
     if general is not None:
         read["general"] = stored_corpus(general, role="general")
         _refuse_same(read["domain"], read["general"])
-    fractions = (1 - 1.5 * held_out, 0.5 * held_out, held_out)
-    splits = {role: _split(documents, fractions) for role, documents in read.items()}
+    splits = {role: split_corpus(documents, split_shares(held_out)) for role, documents in read.items()}
     for role, split in splits.items():
         _check_held_out(role, split.test, len(read[role]), held_out)
-    prints = {role: documents.fingerprint for role, documents in read.items()}
-    about = {"prints": prints, "held_out": held_out, "version": 2}
-    repeats: dict[str, list[int]] = cached_json("overlap", about, lambda: _repeats(splits))
-    corpora = {}
-    for role, split in splits.items():
-        train = split.train.select(np.setdiff1d(np.arange(len(split.train)), repeats[role]))
-        if not train:
-            raise CorpusError(
-                f"{role}: every training document repeats a held-out one; the corpus holds nothing to train on"
-            )
-        corpora[role] = Corpus(role, train, split.valid, prints[role])
+    clean, dropped = drop_repeats(splits)
     return Prepared(
-        corpora["domain"],
-        corpora.get("general"),
-        splits["domain"].test,
-        splits["general"].test if "general" in splits else (),
-        sum(len(positions) for positions in repeats.values()),
+        clean["domain"].readable,
+        clean["general"].readable if "general" in clean else None,
+        clean["domain"].test,
+        clean["general"].test if "general" in clean else (),
+        {role: split.fingerprint for role, split in clean.items()},
+        dropped,
     )
-
-
-class _Split(NamedTuple):
-    train: DocumentStore
-    valid: DocumentStore
-    test: DocumentStore
-
-
-def _split(documents: DocumentStore, fractions: tuple[float, float, float]) -> _Split:
-    sides = split_sides(documents.ids(), fractions)
-    train, valid, test = (documents.select(np.flatnonzero(sides == side)) for side in range(3))
-    return _Split(train, valid, test)
-
-
-def _repeats(splits: Mapping[str, _Split]) -> dict[str, list[int]]:
-    """Positions of the training documents that repeat a held-out document of either corpus."""
-    held = [document for split in splits.values() for side in (split.valid, split.test) for document in side]
-    found: dict[str, list[int]] = {}
-    for role, split in splits.items():
-        found[role] = []
-        for begin in range(0, len(split.train), OVERLAP_CHUNK):
-            chunk = list(split.train[begin : begin + OVERLAP_CHUNK])
-            kept = {id(document) for document in drop_overlap(chunk, held).kept}
-            found[role] += [begin + i for i, document in enumerate(chunk) if id(document) not in kept]
-    return found
 
 
 def _refuse_same(domain: DocumentStore, general: DocumentStore) -> None:
@@ -142,37 +81,3 @@ def _check_held_out(role: str, test: Sequence[Document], total: int, held_out: f
             f"{MIN_HELD_OUT_DOCUMENTS} documents and {MIN_HELD_OUT_BYTES} bytes are needed for a figure that means "
             f"something. The corpus has {total} documents: give more, or raise held_out (now {held_out})."
         )
-
-
-def held_out_sample(
-    documents: Sequence[Document], chars: int, *, at_least: int = MIN_HELD_OUT_DOCUMENTS
-) -> list[Document]:
-    """The first documents until ``chars`` characters are reached, and ``at_least`` so many in any case."""
-    chosen: list[Document] = []
-    total = 0
-    for document in documents:
-        if total >= chars and len(chosen) >= at_least:
-            break
-        chosen.append(document)
-        total += len(document.text)
-    return chosen
-
-
-def _fingerprint(documents: Sequence[Document]) -> str:
-    return documents.fingerprint if isinstance(documents, DocumentStore) else fingerprint(documents)
-
-
-def tokenized(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> TokenStore:
-    """The documents' tokens, memory-mapped from the user cache, where they are written once per text and tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    about = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = cache_key({"documents": _fingerprint(documents), "tokenizer": hashlib.sha256(about.encode()).hexdigest()})
-    target = cache_dir("tokens") / key
-    if not (target / "store.json").exists():
-        working = cache_dir("tokens") / f"{key}.{os.getpid()}.partial"
-        tokenize_documents(documents, tokenizer, out=working)
-        try:
-            working.rename(target)
-        except OSError:  # another process was first; its tokens are the same
-            shutil.rmtree(working)
-    return TokenStore.open(target)

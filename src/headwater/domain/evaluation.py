@@ -17,9 +17,10 @@ from headwater.core.fit import Phase, Trained
 from headwater.core.recipe import Metrics
 from headwater.core.rng import derive_seed
 from headwater.domain.adaptation import Adaptation
-from headwater.domain.corpus import held_out_sample
+from headwater.domain.corpus import MIN_HELD_OUT_DOCUMENTS
 from headwater.domain.gap import gap
 from headwater.modalities.text.docs import Document, fingerprint
+from headwater.modalities.text.prepared import held_out_sample
 from headwater.modalities.text.score import Scored, bits_per_byte, linear_probe, masked_bits
 from headwater.modalities.text.sources import open_labelled
 
@@ -45,10 +46,14 @@ class Evaluation:
     def __init__(self, recipe: ContinuedPretraining, ctx: Adaptation, run: Run) -> None:
         self.recipe, self.ctx, self.run = recipe, ctx, run
         prepared = ctx.prepared
-        self.test = {"domain": held_out_sample(prepared.domain_test, recipe.eval_chars)}
+        self.test = {
+            "domain": held_out_sample(prepared.domain_test, recipe.eval_chars, at_least=MIN_HELD_OUT_DOCUMENTS)
+        }
         self.valid = {"domain": _first(prepared.domain.valid or prepared.domain.train)}
         if prepared.general is not None:
-            self.test["general"] = held_out_sample(prepared.general_test, recipe.eval_chars)
+            self.test["general"] = held_out_sample(
+                prepared.general_test, recipe.eval_chars, at_least=MIN_HELD_OUT_DOCUMENTS
+            )
             self.valid["general"] = _first(prepared.general.valid or prepared.general.train)
         self.sub = {role: _excerpts(documents) for role, documents in self.valid.items()}
         self.tasks = {task.name: open_labelled(task.data, role=f"downstream {task.name}") for task in recipe.downstream}
@@ -195,11 +200,15 @@ def _mean_size(item: Sequence[Sequence[float]]) -> float:
     return float(np.mean(item[1]))
 
 
+def _test_sample(documents: Sequence[Document], chars: int) -> list[Document]:
+    return held_out_sample(documents, chars, at_least=MIN_HELD_OUT_DOCUMENTS)
+
+
 def _first(documents: Sequence[Document]) -> list[Document]:
-    return held_out_sample(documents, VALIDATION_CHARS, at_least=1)
+    return held_out_sample(documents, VALIDATION_CHARS)
 
 
 def _excerpts(documents: Sequence[Document]) -> list[Document]:
     """The first 1,000 characters of documents, 12,000 in all: small enough to score nine times per run."""
     cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in documents]
-    return held_out_sample(cut, MIDWAY_CHARS, at_least=1)
+    return held_out_sample(cut, MIDWAY_CHARS)

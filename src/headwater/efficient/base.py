@@ -34,6 +34,7 @@ from headwater.efficient.context import BuildContext
 from headwater.efficient.linears import ComposedLinear
 from headwater.efficient.memory import measured_memory, memory_plan
 from headwater.modalities.text.docs import Document
+from headwater.modalities.text.prepared import held_out_sample
 from headwater.modalities.text.score import Scored, bits_per_byte, masked_bits
 
 if TYPE_CHECKING:
@@ -229,8 +230,8 @@ class _Evaluation:
 
     def __init__(self, recipe: EfficientRecipe, ctx: BuildContext) -> None:
         self.recipe, self.ctx = recipe, ctx
-        self.valid = _first(ctx.texts.valid or ctx.texts.train, VALID_CHARS)
-        self.sub = _first([Document(d.id, d.text[:1000], d.meta) for d in self.valid], MIDWAY_CHARS)
+        self.valid = held_out_sample(ctx.texts.valid or ctx.texts.train, VALID_CHARS)
+        self.sub = held_out_sample([Document(d.id, d.text[:1000], d.meta) for d in self.valid], MIDWAY_CHARS)
         self.trajectory: list[tuple[float, float]] = []
         self._tokens_before = 0
         ctx.run.notes["unit"] = "bits/byte" if ctx.head == "causal" else "bits/masked token"
@@ -252,7 +253,7 @@ class _Evaluation:
     def final(self, model: PreTrainedModel, test: Sequence[Document]) -> Metrics:
         """Loss in nats per token, perplexity, bits per byte, and the time of one forward pass."""
         model.eval()
-        documents = _first(test, self.recipe.eval_chars)
+        documents = held_out_sample(test, self.recipe.eval_chars)
         scored = self._score(model, documents)
         tokens = scored.counts if self.ctx.head == "masked" else self._num_tokens(documents)
         loss = float(scored.nats.sum() / tokens.sum())
@@ -289,18 +290,6 @@ class _Evaluation:
                     torch.cuda.synchronize(ids.device)
                 passes.append(1000 * (time.perf_counter() - begin))
         return statistics.median(passes[1:])
-
-
-def _first(documents: Sequence[Document], chars: int) -> list[Document]:
-    """The first documents until ``chars`` characters are reached, at least one."""
-    chosen: list[Document] = []
-    total = 0
-    for document in documents:
-        if chosen and total >= chars:
-            break
-        chosen.append(document)
-        total += len(document.text)
-    return chosen
 
 
 FAMILY = Family(

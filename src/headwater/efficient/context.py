@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast
@@ -13,24 +12,23 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.core.budget import Meter
-from headwater.core.cache import cached_json
 from headwater.core.fit import BatchStream, Phase
-from headwater.core.leak import Sealed
 from headwater.core.objective import Objective
 from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef
 from headwater.core.rng import derive_seed
 from headwater.modalities.models import ModelError, head_of, is_quantised, load_model, load_tokenizer
-from headwater.modalities.text.docs import CorpusError, Document, drop_overlap, fingerprint, split_documents
+from headwater.modalities.text.docs import CorpusError
+from headwater.modalities.text.document_store import DocumentStore, stored_corpus
 from headwater.modalities.text.objectives import CausalObjective, TokenObjective
-from headwater.modalities.text.packing import MaskedStream, PackedStream, tokenize_documents
-from headwater.modalities.text.sources import open_corpus
+from headwater.modalities.text.packing import MaskedStream, PackedStream
+from headwater.modalities.text.prepared import Readable, drop_repeats, split_corpus, split_shares, tokenized
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
     from headwater.efficient.base import EfficientRecipe
 
-__all__ = ["BuildContext", "Texts", "read_texts"]
+__all__ = ["BuildContext", "read_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +36,7 @@ MIN_HELD_OUT_DOCUMENTS = 20
 DEFAULT_SEQ_LEN = 1024
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Documents to train on and to choose by. ``test`` is sealed: touching it raises ``TestLeak``."""
-
-    train: Sequence[Document]
-    valid: Sequence[Document]
-    test: Sealed = field(default_factory=lambda: Sealed("the test set"))
-
-
-def read_texts(data: CorpusRef, eval_data: CorpusRef | None, held_out: float) -> tuple[Texts, list[Document], int]:
+def read_texts(data: CorpusRef, eval_data: CorpusRef | None, held_out: float) -> tuple[Readable, DocumentStore, int]:
     """Read and split by a hash of the document's id; what repeats a held-out document leaves training.
 
     Args:
@@ -61,28 +50,21 @@ def read_texts(data: CorpusRef, eval_data: CorpusRef | None, held_out: float) ->
     Raises:
         CorpusError: an empty corpus, the same text given twice, or fewer than twenty test documents.
     """
-    documents = list(open_corpus(data, role="data"))
-    if eval_data is None:
-        split = split_documents(documents, (1 - 1.5 * held_out, 0.5 * held_out, held_out))
-        test = split.test
-    else:
-        test = list(open_corpus(eval_data, role="eval_data"))
-        if fingerprint(test) == fingerprint(documents):
+    documents = stored_corpus(data, role="data")
+    split = split_corpus(documents, split_shares(held_out, test=eval_data is None))
+    others = {}
+    if eval_data is not None:
+        others["eval_data"] = stored_corpus(eval_data, role="eval_data")
+        if others["eval_data"].fingerprint == documents.fingerprint:
             raise CorpusError("data and eval_data hold the same documents; give other texts to evaluate on.")
-        split = split_documents(documents, (1 - 0.5 * held_out, 0.5 * held_out, 0.0))
+    test = others.get("eval_data", split.test)
     if len(test) < MIN_HELD_OUT_DOCUMENTS or not split.train:
         raise CorpusError(
             f"{len(test)} documents to test on and {len(split.train)} to train on; at least {MIN_HELD_OUT_DOCUMENTS} "
             "and one are needed. Give more text, or raise held_out."
         )
-    about = {"train": fingerprint(split.train), "held": fingerprint([*split.valid, *test]), "version": 1}
-    kept = set(
-        cached_json("overlap", about, lambda: [d.id for d in drop_overlap(split.train, [*split.valid, *test]).kept])
-    )
-    train = [document for document in split.train if document.id in kept]
-    if not train:
-        raise CorpusError("every training document repeats a held-out one; there is nothing to train on.")
-    return Texts(train, split.valid), test, len(split.train) - len(train)
+    clean, dropped = drop_repeats({"data": split}, others)
+    return clean["data"].readable, test, dropped
 
 
 @dataclass
@@ -100,7 +82,7 @@ class BuildContext:
     """
 
     recipe: EfficientRecipe
-    texts: Texts
+    texts: Readable
     tokenizer: PreTrainedTokenizerBase
     head: Literal["causal", "masked"]
     seq_len: int
@@ -108,7 +90,7 @@ class BuildContext:
     meter: Meter = field(default_factory=Meter)
 
     @classmethod
-    def open(cls, recipe: EfficientRecipe, run: Run) -> tuple[BuildContext, list[Document]]:
+    def open(cls, recipe: EfficientRecipe, run: Run) -> tuple[BuildContext, DocumentStore]:
         """Read what the recipe names and refuse what cannot work, before anything is trained.
 
         Returns:
@@ -122,8 +104,8 @@ class BuildContext:
         if head not in ("causal", "masked"):
             raise ModelError(f"model {recipe.model.name!r} is neither a causal nor a masked language model")
         texts, test, dropped = read_texts(recipe.data, recipe.eval_data, recipe.held_out)
-        run.record_data("train", fingerprint(texts.train))
-        run.record_data("test", fingerprint(test))
+        run.record_data("train", texts.train.fingerprint)
+        run.record_data("test", test.fingerprint)
         run.notes["data/dropped_overlap"] = str(dropped)
         ctx = cls(recipe, texts, load_tokenizer(recipe.model), head, 0, run)
         model = ctx.start()
@@ -160,7 +142,7 @@ class BuildContext:
     def stream(self) -> BatchStream:
         """Batches of the training documents, in an order of the recipe's seed."""
         seed = derive_seed(self.recipe.seed, "order")
-        stream = PackedStream(tokenize_documents(self.texts.train, self.tokenizer), self.seq_len, self.rows, seed)
+        stream = PackedStream(tokenized(self.texts.train, self.tokenizer), self.seq_len, self.rows, seed)
         return stream if self.head == "causal" else MaskedStream(stream, self.tokenizer, seed=seed)
 
     def phase(

@@ -12,9 +12,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,8 +25,9 @@ from headwater.core.fit import BatchStream, FitSettings, Phase, Trained, fit
 from headwater.core.objective import Objective
 from headwater.core.optim import OptimSpec
 from headwater.core.phase import EvalAt
-from headwater.core.recipe import CorpusRef, Metrics, ModelRef, Recipe, Spec
+from headwater.core.recipe import CorpusRef, Metrics, Recipe
 from headwater.modalities.text.corruption import SpanCorruption, SuffixCorruption
+from headwater.modalities.text.fresh import Model
 from headwater.pretrain.probes import TextProbe, measured_loss
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = [
     "FAMILY",
     "CollatedStream",
     "Collator",
-    "FreshModel",
     "PretrainParts",
     "Pretraining",
     "TextPretraining",
@@ -257,26 +257,6 @@ def _save(parts: PretrainParts, run: Run, recipe: Recipe) -> None:
     if own:
         lines += ["What the objective trained beside the model is in `../heads.safetensors`.", ""]
     atomic_write_text(run.model / "README.md", "\n".join(lines))
-
-
-class FreshModel(Spec):
-    """A small architecture made here, with a byte-level BPE trained on the training text."""
-
-    kind: Literal["t5", "llama"] = Field(description="encoder-decoder (t5) or decoder (llama)")
-    hidden: int = Field(default=128, gt=0, description="width")
-    layers: int = Field(default=3, gt=0, description="layers, of each half in an encoder-decoder")
-    heads: int = Field(default=4, gt=0, description="attention heads")
-    mlp: int = Field(default=344, gt=0, description="width of the gated MLP")
-    vocab: int = Field(default=2048, gt=257, description="tokens of the BPE, before those that the method adds")
-
-
-def _model_kind(value: Any) -> Literal["fresh", "reference"]:  # Any: whatever the user wrote
-    return "fresh" if isinstance(value, FreshModel) or (isinstance(value, dict) and "kind" in value) else "reference"
-
-
-Model = Annotated[
-    Annotated[ModelRef, Tag("reference")] | Annotated[FreshModel, Tag("fresh")], Discriminator(_model_kind)
-]
 
 
 class TextPretraining(Pretraining):

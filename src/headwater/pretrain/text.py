@@ -13,18 +13,17 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from headwater.core.cache import cache_key, cached_json
+from headwater.core.cache import cache_key
 from headwater.core.leak import Sealed
 from headwater.core.objective import Objective
-from headwater.core.recipe import ModelRef
 from headwater.core.rng import derive_seed
-from headwater.modalities.models import ModelError, head_of, load_model, load_tokenizer
-from headwater.modalities.text.docs import CorpusError, Document, drop_overlap, fingerprint, split_documents
-from headwater.modalities.text.packing import PackedBlocks, tokenize_documents
-from headwater.modalities.text.sources import open_corpus
-from headwater.modalities.text.tiny import Size, tiny_llama, tiny_t5
-from headwater.modalities.text.tokenizers import train_bpe
-from headwater.pretrain.base import CollatedStream, Collator, FreshModel, PretrainParts, Probe, TextPretraining
+from headwater.modalities.models import ModelError
+from headwater.modalities.text.docs import CorpusError
+from headwater.modalities.text.document_store import DocumentStore, stored_corpus
+from headwater.modalities.text.fresh import open_fresh
+from headwater.modalities.text.packing import PackedBlocks
+from headwater.modalities.text.prepared import drop_repeats, split_corpus, split_shares, tokenized
+from headwater.pretrain.base import CollatedStream, Collator, PretrainParts, Probe, TextPretraining
 from headwater.pretrain.probes import Ask, TextProbes
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ MAX_HELD_OUT_ROWS = 128
 """Windows of each held-out set that are scored."""
 COUNTED_BATCHES = 8
 """Batches from which positions and targets per row are counted."""
-LLAMA_CONTEXT = 32_768  # rotary positions take no memory, so the small decoder may be as long as a row
 _OPENS: Mapping[str, str] = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
 
@@ -133,22 +131,16 @@ def open_text(recipe: TextPretraining, run: Run) -> Text:
         raise ModelError(
             f"batch_tokens ({recipe.batch_tokens}) is less than one row of seq_length {recipe.seq_length}; raise it"
         )
-    documents = list(open_corpus(recipe.data, role="data"))
-    read = fingerprint(documents)
-    run.record_data("data", read)
-    split = split_documents(documents, (1 - 1.5 * recipe.held_out, 0.5 * recipe.held_out, recipe.held_out))
-    about = {"documents": read, "held_out": recipe.held_out, "version": 1}
-    dropped: list[str] = cached_json(
-        "pretrain-overlap",
-        about,
-        lambda: _dropped(split.train, [*split.valid, *split.test]),
+    documents = stored_corpus(recipe.data, role="data")
+    run.record_data("data", documents.fingerprint)
+    split = drop_repeats({"data": split_corpus(documents, split_shares(recipe.held_out))})[0]["data"]
+    tokenizer, model, head = open_fresh(
+        recipe.model,
+        (document.text for document in split.train),
+        random=recipe.from_scratch,
+        seed=derive_seed(recipe.seed, "initialisation"),
     )
-    gone = set(dropped)
-    train = [document for document in split.train if document.id not in gone]
-    if not train:
-        raise CorpusError("data: every training document repeats a held-out one; there is nothing to train on")
-    tokenizer, model, head = _model(recipe, train)
-    blocks = PackedBlocks(tokenize_documents(train, tokenizer), recipe.seq_length, derive_seed(recipe.seed, "order"))
+    blocks = PackedBlocks(tokenized(split.train, tokenizer), recipe.seq_length, derive_seed(recipe.seed, "order"))
     valid, test = (
         _windows(documents, tokenizer, recipe, name)
         for name, documents in (("validation", split.valid), ("test", split.test))
@@ -169,15 +161,10 @@ def open_text(recipe: TextPretraining, run: Run) -> Text:
     return Text(recipe, tokenizer, model, head, blocks, valid, probes)
 
 
-def _dropped(train: list[Document], held_out: list[Document]) -> list[str]:
-    kept = {document.id for document in drop_overlap(train, held_out).kept}
-    return [document.id for document in train if document.id not in kept]
-
-
 def _windows(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, recipe: TextPretraining, name: str
+    documents: DocumentStore, tokenizer: PreTrainedTokenizerBase, recipe: TextPretraining, name: str
 ) -> NDArray[np.int64]:
-    tokens = tokenize_documents(documents, tokenizer).tokens if documents else np.empty(0, dtype=np.int32)
+    tokens = tokenized(documents, tokenizer).tokens if documents else np.empty(0, dtype=np.int32)
     length = recipe.seq_length
     count = min(len(tokens) // length, MAX_HELD_OUT_ROWS)
     if count == 0:
@@ -186,29 +173,3 @@ def _windows(
             f"seq_length {length}; give more documents, raise held_out (now {recipe.held_out}), or lower seq_length"
         )
     return tokens[: count * length].reshape(count, length).astype(np.int64)
-
-
-def _model(
-    recipe: TextPretraining, train: list[Document]
-) -> tuple[PreTrainedTokenizerBase, nn.Module, Literal["causal", "seq2seq"]]:
-    spec, seed = recipe.model, derive_seed(recipe.seed, "initialisation")
-    if isinstance(spec, FreshModel):
-        tokenizer = train_bpe((document.text for document in train), spec.vocab)
-        size = Size(hidden=spec.hidden, layers=spec.layers, heads=spec.heads, mlp=spec.mlp)
-        if spec.kind == "t5":
-            return tokenizer, tiny_t5(tokenizer, **size, generator_seed=seed), "seq2seq"
-        return tokenizer, tiny_llama(tokenizer, **size, context=LLAMA_CONTEXT, generator_seed=seed), "causal"
-    return load_tokenizer(spec), _opened(spec, recipe, seed), _head(spec)
-
-
-def _head(spec: ModelRef) -> Literal["causal", "seq2seq"]:
-    head = head_of(spec)
-    if head not in ("causal", "seq2seq"):
-        raise ModelError(f"model {spec.name!r} is a {head} language model; give a decoder or an encoder-decoder")
-    return head
-
-
-def _opened(spec: ModelRef, recipe: TextPretraining, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of new weights; transformers draws them from the global generator only
-        return load_model(spec, _head(spec), random=recipe.from_scratch)

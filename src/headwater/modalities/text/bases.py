@@ -26,11 +26,11 @@ from headwater.core.cache import atomic_write_text, cache_dir, cache_key
 from headwater.core.fit import FitSettings, Phase, fit
 from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef
-from headwater.modalities.text.docs import Document, drop_overlap, fingerprint, split_documents
 from headwater.modalities.text.docstrings import minilm_directory
+from headwater.modalities.text.document_store import DocumentStore, stored_corpus
 from headwater.modalities.text.objectives import CausalObjective, TokenObjective
 from headwater.modalities.text.packing import MaskedStream, PackedStream, tokenize_documents
-from headwater.modalities.text.sources import open_corpus
+from headwater.modalities.text.prepared import drop_repeats, split_corpus, split_shares
 from headwater.modalities.text.tiny import tiny_bert, tiny_llama
 from headwater.modalities.text.tokenizers import train_bpe
 
@@ -108,7 +108,7 @@ def trained_base(base: Base, *, progress: Callable[[str], None] = lambda line: N
     documents = _training_documents(base)
     about = {
         **asdict(base),
-        "documents": fingerprint(documents),
+        "documents": documents.fingerprint,
         "versions": [torch.__version__, transformers.__version__],
         "format": FORMAT,
     }
@@ -128,14 +128,12 @@ def trained_base(base: Base, *, progress: Callable[[str], None] = lambda line: N
     return target
 
 
-def _training_documents(base: Base) -> list[Document]:
-    split = split_documents(
-        open_corpus(CorpusRef(name=base.corpus), role="base"), (1 - 1.5 * HELD_OUT, 0.5 * HELD_OUT, HELD_OUT)
-    )
-    return drop_overlap(split.train, [*split.valid, *split.test]).kept
+def _training_documents(base: Base) -> DocumentStore:
+    documents = stored_corpus(CorpusRef(name=base.corpus), role="base")
+    return drop_repeats({"base": split_corpus(documents, split_shares(HELD_OUT))})[0]["base"].train
 
 
-def _train(base: Base, documents: list[Document], working: Path) -> Path:
+def _train(base: Base, documents: DocumentStore, working: Path) -> Path:
     masked = base.kind == "masked"
     tokenizer = train_bpe((d.text for d in documents), base.vocab, extra_tokens=("<mask>",) if masked else ())
     shape = {

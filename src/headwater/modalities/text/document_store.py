@@ -124,7 +124,7 @@ def stored_corpus(ref: CorpusRef, *, role: str) -> DocumentStore:
     """
     stamp = _stamp(ref)
     if stamp is not None:
-        about = {"ref": ref.model_dump(mode="json"), "stamp": stamp, "version": 1}
+        about = {"ref": ref.model_dump(mode="json"), "stamp": stamp, "version": 2}
         path = cache_dir("documents") / f"{cached_json('sources', about, lambda: _write(ref, role))}.arrow"
         if path.exists():
             return DocumentStore(path)
@@ -132,11 +132,13 @@ def stored_corpus(ref: CorpusRef, *, role: str) -> DocumentStore:
 
 
 def _write(ref: CorpusRef, role: str) -> str:
-    """Write the corpus under its fingerprint and return that."""
-    name = cache_key([ref.model_dump(mode="json"), os.getpid()])
-    store = write_documents(open_corpus(ref, role=role), cache_dir("documents") / f"{name}.partial")
-    store.path.rename(cache_dir("documents") / f"{store.fingerprint}.arrow")
-    return store.fingerprint
+    """Write the corpus and return the file's name: fingerprint and source, since the former leaves ``meta`` out."""
+    about = ref.model_dump(mode="json")
+    working = cache_dir("documents") / f"{cache_key([about, os.getpid()])}.partial"
+    store = write_documents(open_corpus(ref, role=role), working)
+    name = f"{store.fingerprint}.{cache_key(about)}"
+    store.path.rename(cache_dir("documents") / f"{name}.arrow")
+    return name
 
 
 def _stamp(ref: CorpusRef) -> list[list[Any]] | None:  # Any: JSON data
