@@ -35,7 +35,7 @@ from headwater.core.phase import BatchStream, FitSettings, NonFiniteLoss, Phase,
 from headwater.core.plan import Plan, make_plan, seed_forward
 from headwater.core.progress import progress_bar
 from headwater.core.signals import StopSignals
-from headwater.core.training_state import load_tensors, training_tensors
+from headwater.core.training_state import load_moments, load_tensors, training_tensors
 
 __all__ = ["Loop"]
 
@@ -132,6 +132,7 @@ class Loop:
             "budget": budget.model_dump(exclude_none=True),
             "optim": self.optim.model_dump(mode="json"),
             "schedule": [phase.schedule_start, phase.schedule_span],
+            "continues": None if phase.continues is None else phase.continues.name,
             "precision": settings.precision,
             "rows": phase.stream.rows,
             "tokens_per_row": phase.stream.tokens_per_row,
@@ -144,6 +145,8 @@ class Loop:
         saved = self.store.latest()
         if saved is None:
             self.plan = make_plan(self.phase, self.modules, self.budget, self.settings, self.accelerator)
+            if self.phase.continues is not None:
+                self._take_up(self.phase.continues)
             return False
         if not resume:
             raise FileExistsError(
@@ -162,6 +165,23 @@ class Loop:
         if saved.state["finished"]:
             self.model.eval()
         return bool(saved.state["finished"])
+
+    def _take_up(self, before: Phase) -> None:
+        """Start with the optimizer's moments as ``before`` left them, read from its last checkpoint."""
+        store = CheckpointStore(self.store.directory.parent / before.name, fingerprint=before.stream.fingerprint)
+        saved = store.latest()
+        if saved is None or not saved.state["finished"]:
+            raise CheckpointError(
+                f"phase {self.phase.name!r} continues {before.name!r}, which has not finished in {store.directory}. "
+                "Train that one first, in the same directory."
+            )
+        states = saved.state["identity"]["optim"]["states"]
+        if states != self.optim.states:
+            raise ValueError(
+                f"phase {self.phase.name!r} keeps moments as {self.optim.states}, and {before.name!r}, which it "
+                f"continues, as {states}; give both the same `states`."
+            )
+        load_moments(self.modules, self.optimizer, saved.tensors)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

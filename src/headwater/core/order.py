@@ -52,18 +52,22 @@ class VirtualIndex:
     Args:
         n: number of items, >= 1.
         seed: any integer.
+        begin: which position of the walk is called 0, so that a later reader goes on where another stopped.
 
     Raises:
-        ValueError: ``n`` is not positive.
+        ValueError: ``n`` is not positive, or ``begin`` is negative.
     """
 
     n: int
     seed: int
+    begin: int = 0
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"a virtual index needs at least one item; got n={self.n}.")
+        if self.n < 1 or self.begin < 0:
+            raise ValueError(
+                f"a virtual index needs at least one item and begin >= 0; got n={self.n} and begin={self.begin}."
+            )
 
     def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (epoch, item) of each position; all three have the same shape, int64.
@@ -71,9 +75,10 @@ class VirtualIndex:
         Raises:
             ValueError: a position is negative.
         """
-        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.n)
-        if epochs.size and epochs.min() < 0:
-            raise ValueError(f"positions must be >= 0; got {int(np.min(positions))}.")
+        places = np.asarray(positions, dtype=np.int64)
+        if places.size and places.min() < 0:
+            raise ValueError(f"positions must be >= 0; got {int(places.min())}.")
+        epochs, offsets = np.divmod(places + self.begin, self.n)
         if epochs.size and epochs.min() == epochs.max():  # as nearly every batch has it
             return epochs, self._order(int(epochs.flat[0]))[offsets]
         items = np.empty_like(offsets)

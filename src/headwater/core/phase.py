@@ -95,6 +95,9 @@ class Phase:
         schedule_span: how much of the whole learning-rate schedule this phase covers; ``None``: a full schedule of its
             own.
         schedule_start: where on that schedule it begins, the sum of the spans before it.
+        continues: an earlier phase on the same model, finished in the same directory, whose optimizer's moments this
+            one takes up: with spans that meet, other data from one step to the next and nothing else. ``None``: moments
+            of its own, from zero.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Phase:
     optim: AnyOptim | None = None
     schedule_span: float | None = None
     schedule_start: float = 0.0
+    continues: Phase | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
@@ -116,6 +120,8 @@ class Phase:
             raise ValueError(
                 f"phase {self.name!r} covers [{self.schedule_start}, {end}] of the schedule; it must lie in [0, 1]."
             )
+        if self.continues is not None and self.continues.model is not self.model:
+            raise ValueError(f"phase {self.name!r} continues {self.continues.name!r}, which trains another model.")
 
 
 @dataclass(frozen=True)

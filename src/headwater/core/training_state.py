@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from headwater.core.checkpoint import CheckpointError
 
-__all__ = ["load_tensors", "training_tensors"]
+__all__ = ["load_moments", "load_tensors", "training_tensors"]
 
 _GROUPS = ("model", "objective")
 
@@ -39,13 +39,8 @@ def load_tensors(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer,
     Raises:
         CheckpointError: names or shapes are not those of the model.
     """
-    moments: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in saved.items():
-        if full_name.startswith("optimizer/"):
-            name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
-            moments.setdefault(name, {})[key] = tensor
     weights = {name for name in saved if not name.startswith("optimizer/")}
-    targets = {f"{g}/{n}": t for g, m in zip(_GROUPS, modules, strict=False) for n, t in _stored(m).items()}
+    targets = _targets(modules)
     wrong = weights.symmetric_difference(targets) or {n for n in weights if saved[n].shape != targets[n].shape}
     if wrong:
         raise CheckpointError(
@@ -54,10 +49,23 @@ def load_tensors(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer,
     with torch.no_grad():
         for full_name, target in targets.items():
             target.copy_(saved[full_name])
-            state = moments.get(full_name.replace("/", ".", 1))
-            if state is not None:
-                # AdamW reads its step counter on the CPU, except where it is fused.
-                fused = bool(optimizer.defaults.get("fused"))
-                optimizer.state[target] = {
-                    k: v.to(target.device) if fused or k != "step" else v for k, v in state.items()
-                }
+    load_moments(modules, optimizer, saved)
+
+
+def load_moments(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Only the optimizer's part of `load_tensors`; a parameter that has none there keeps what it has."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in saved.items():
+        if full_name.startswith("optimizer/"):
+            name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
+            moments.setdefault(name, {})[key] = tensor
+    # AdamW reads its step counter on the CPU, except where it is fused.
+    fused = bool(optimizer.defaults.get("fused"))
+    for full_name, target in _targets(modules).items():
+        state = moments.get(full_name.replace("/", ".", 1))
+        if state is not None:
+            optimizer.state[target] = {k: v.to(target.device) if fused or k != "step" else v for k, v in state.items()}
+
+
+def _targets(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    return {f"{g}/{n}": t for g, m in zip(_GROUPS, modules, strict=False) for n, t in _stored(m).items()}
