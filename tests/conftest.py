@@ -171,6 +171,24 @@ def compose_fields(
 
 
 @pytest.fixture(scope="session")
+def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any recipe of the stage ``corpora`` run in about a second."""
+    return {
+        "sources": {"text": str(corpora["general"])},
+        "evals": {"other": str(corpora["domain"])},
+        "model": str(tiny_causal),
+        "held_out": 0.1,
+        "seq_len": 64,
+        "batch_tokens": 256,
+        "budget": {"tokens": 2560},
+        "optim": {"lr": 3e-3},
+        "eval_at": [0.0, 0.5, 1.0],
+        "eval_chars": 5_000,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
 def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
     """Fields that make any recipe of the stage ``efficient`` run in about a second."""
     return {

@@ -89,6 +89,11 @@ class Setting:
 
 
 FAMILIES: dict[str, Setting] = {
+    "corpora": Setting(
+        fixture="corpora_fields",
+        opens=opens_as_language_model,
+        extra={"meco": {"metadata_field": "source", "conditional_evals": ["s1"]}},
+    ),
     "domain": Setting(
         fixture="domain_fields",
         opens=opens_as_language_model,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["attention_mask_for", "position_ids_for"]
+__all__ = ["attention_mask_for", "keeps_documents_apart", "packed_inputs", "position_ids_for"]
 
 Kind = Literal["causal", "prefix", "bidirectional"]
 
@@ -117,3 +117,54 @@ def position_ids_for(document_ids: Tensor | None = None, padding: Tensor | None 
         first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         count = count - torch.where(first, count, 0).cummax(dim=1).values
     return count * real
+
+
+def packed_inputs(
+    model: PreTrainedModel, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor
+) -> dict[str, Tensor]:
+    """What to call a causal model with so that documents packed into rows do not see each other.
+
+    Under sdpa and eager that is a four-dimensional mask. Flash attention takes none: there all rows become one, and
+    transformers finds the borders where ``position_ids`` start anew.
+
+    Args:
+        model: decides which of the two.
+        input_ids: ``(B, T)``.
+        document_ids: ``(B, T)`` integers, each document in one piece.
+        position_ids: ``(B, T)``, from 0 in every document or, except under flash attention, through the row.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` ``(B, T)`` and the mask; under flash attention ``(1, B T)`` without a mask.
+
+    Raises:
+        ValueError: see ``attention_mask_for``.
+    """
+    if "flash" in str(model.config._attn_implementation):
+        return {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1)}
+    mask = attention_mask_for(model, "causal", document_ids=document_ids)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+
+
+def keeps_documents_apart(model: PreTrainedModel, rows: int = 1) -> bool:
+    """Whether ``position_ids`` that start anew, and nothing else, keep attention inside the documents of a row.
+
+    Found by trying: transformers reads borders off the positions for most architectures where the model is called
+    without a cache (``model.config.use_cache = False``, as its Trainer sets it), for sdpa and eager in any batch and
+    for flash attention in batches of one row. Elsewhere it ignores them without a word.
+
+    Args:
+        model: causal; run in evaluation mode and given back in its own.
+        rows: of a batch.
+    """
+    length, training = 4, model.training
+    vocabulary = model.config.get_text_config().vocab_size
+    documents = torch.arange(2 * length, device=model.device).view(2, length) % vocabulary
+    packed, positions = documents.view(1, -1).repeat(rows, 1), torch.arange(length, device=model.device).repeat(rows, 2)
+    model.eval()
+    with torch.no_grad():
+        together = model(input_ids=packed, position_ids=positions).logits
+        alone = model(input_ids=documents).logits
+    model.train(training)
+    expected = alone.flatten(0, 1).float().expand(rows, -1, -1)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    return bool((together.float() - expected).abs().max() <= tolerance * expected.abs().max())

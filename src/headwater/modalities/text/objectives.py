@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from headwater.core.objective import Loss
+from headwater.modalities.text.masks import packed_inputs
 
-__all__ = ["CausalObjective", "TokenObjective", "token_loss"]
+__all__ = ["CausalObjective", "PackedObjective", "TokenObjective", "token_loss"]
 
 IGNORED = -100  # the label that Hugging Face models leave out
 
@@ -51,6 +55,38 @@ class CausalObjective:
         # Shifting the labels instead of the logits spares a copy of the largest tensor.
         following = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
         return token_loss(logits, following)
+
+
+@dataclass(frozen=True)
+class PackedObjective:
+    """Next-token prediction inside the documents of packed rows: nothing is seen or predicted across their borders.
+
+    Attributes:
+        restart_positions: positions are the batch's, from 0 in every document; False counts through the row.
+    """
+
+    unit: str = "nats/token"
+    restart_positions: bool = True
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        """Batch: ``input_ids``, ``labels``, ``document_ids`` and ``position_ids`` ``(batch, time)``.
+
+        Raises:
+            ValueError: positions through the row under flash attention, which tells documents apart by positions.
+        """
+        inner = cast(PreTrainedModel, getattr(model, "module", model))  # module: under DDP
+        positions, documents = batch["position_ids"], batch["document_ids"]
+        if not self.restart_positions:
+            if "flash" in str(inner.config._attn_implementation):
+                raise ValueError(
+                    "flash attention tells documents apart by positions that start anew; restart them, or load the "
+                    "model with attn_implementation='sdpa'."
+                )
+            positions = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+        opens = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        inputs = packed_inputs(inner, batch["input_ids"], documents, positions)
+        labels = batch["labels"].masked_fill(opens, IGNORED).view_as(inputs["input_ids"])
+        return CausalObjective()(model, {**inputs, "labels": labels})
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,10 +43,15 @@ __all__ = [
     "MixedStream",
     "PackedBlocks",
     "PackedStream",
+    "Rows",
+    "Sequences",
     "TokenStore",
     "mask_tokens",
     "tokenize_documents",
+    "write_store",
 ]
+
+IGNORED = -100  # the label that Hugging Face models leave out
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +62,21 @@ class TokenStore:
         tokens: ``(tokens,)`` int32, in memory or memory-mapped.
         offsets: ``(documents + 1,)`` int64; document d is ``tokens[offsets[d]:offsets[d + 1]]``, its EOS included.
         eos_token_id: the token that closes a document.
-        fingerprint: changes with any token or border.
+        fingerprint: changes with any token, border or target.
+        trained: ``(tokens,)`` bool, which tokens are targets; None where all are.
+        owners: ``(sequences,)`` int64, where a document may be several sequences: which one each is a piece of.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     eos_token_id: int
     fingerprint: str
+    trained: NDArray[np.bool_] | None = None
+    owners: NDArray[np.int64] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
-        """Map a store that ``tokenize_documents(..., out=path)`` wrote.
+        """Map a store that ``tokenize_documents`` or ``write_store`` wrote.
 
         Raises:
             FileNotFoundError: there is no complete store at ``path``.
@@ -79,7 +88,11 @@ class TokenStore:
         about = json.loads(manifest.read_text(encoding="utf-8"))
         tokens = np.load(path / "tokens.npy", mmap_mode="r", allow_pickle=False)
         offsets = np.load(path / "offsets.npy", allow_pickle=False)
-        return cls(tokens, offsets, about["eos_token_id"], about["fingerprint"])
+        trained, owners = (
+            np.load(path / name, mmap_mode="r", allow_pickle=False) if (path / name).exists() else None
+            for name in ("trained.npy", "owners.npy")
+        )
+        return cls(tokens, offsets, about["eos_token_id"], about["fingerprint"], trained, owners)
 
 
 def tokenize_documents(
@@ -107,47 +120,111 @@ def tokenize_documents(
         raise ValueError(
             "the tokenizer has neither an eos nor a sep token to close documents; set tokenizer.eos_token."
         )
-    digest = hashlib.blake2b(f"eos={eos};".encode(), digest_size=16)
-    lengths: list[int] = []
-    chunks: list[NDArray[np.int32]] = []
-    with ExitStack() as stack:
-        file = None
-        if out is not None:
-            (Path(out) / "store.json").unlink(missing_ok=True)  # from here on what was there is not complete
-            file = stack.enter_context(stack.enter_context(atomic_path(Path(out) / "tokens.npy")).open("wb+"))
-            _write_header(file, 0)
+
+    def batches() -> Iterator[Sequences]:
         stream = iter(docs)
         while texts := [doc.text for doc in islice(stream, batch_size)]:
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
                 "input_ids"
             ]
-            lengths.extend(len(ids) + 1 for ids in encoded)
             flat = np.fromiter(chain.from_iterable((*ids, eos) for ids in encoded), dtype=np.int32)
-            digest.update(flat.tobytes())
-            if file is None:
-                chunks.append(flat)
-            else:
-                file.write(flat.tobytes())
+            yield Sequences([len(ids) + 1 for ids in encoded], flat)
+
+    return write_store(batches(), eos, out)
+
+
+class Sequences(NamedTuple):
+    """Some token sequences, end to end.
+
+    Attributes:
+        lengths: of each.
+        tokens: ``(tokens,)``.
+        trained: ``(tokens,)``, which are targets; None for all.
+        owners: which document each sequence is a piece of; None where each is one.
+    """
+
+    lengths: Sequence[int]
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_] | None = None
+    owners: Sequence[int] | None = None
+
+
+def write_store(batches: Iterable[Sequences], eos_token_id: int, out: str | Path | None = None) -> TokenStore:
+    """Put token sequences end to end, as they come.
+
+    Args:
+        batches: what is optional in one of them is there in all or in none.
+        eos_token_id: the token that closes a document.
+        out: see ``tokenize_documents``.
+
+    Raises:
+        CorpusError: there is no sequence.
+    """
+    digest = hashlib.blake2b(f"eos={eos_token_id};".encode(), digest_size=16)
+    lengths: list[int] = []
+    owners: list[int] = []
+    chunks: list[NDArray[np.int32]] = []
+    masks: list[NDArray[np.bool_]] = []
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
+
+        def append(name: str, values: NDArray[Any], kept: list[Any]) -> None:  # Any: int32 or bool
+            digest.update(values.tobytes())
+            if out is None:
+                kept.append(values)
+                return
+            if name not in files:
+                files[name] = stack.enter_context(stack.enter_context(atomic_path(Path(out) / name)).open("wb+"))
+                _write_header(files[name], 0)
+            files[name].write(values.tobytes())
+
+        if out is not None:
+            for name in ("store.json", "trained.npy", "owners.npy"):
+                (Path(out) / name).unlink(missing_ok=True)  # from here on what was there is not complete
+        for batch in batches:
+            lengths.extend(batch.lengths)
+            owners.extend(batch.owners or ())
+            append("tokens.npy", batch.tokens, chunks)
+            if batch.trained is not None:
+                append("trained.npy", batch.trained, masks)
         if not lengths:
             raise CorpusError("corpus: 0 documents to tokenise.")
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         digest.update(offsets.tobytes())
-        if file is not None:
+        for name, file in files.items():
             file.seek(0)
-            _write_header(file, int(offsets[-1]))
+            _write_header(file, int(offsets[-1]), "<i4" if name == "tokens.npy" else "|b1")
+    owned = np.array(owners, dtype=np.int64) if owners else None
     if out is None:
-        return TokenStore(np.concatenate(chunks), offsets, eos, digest.hexdigest())
-    with atomic_path(Path(out) / "offsets.npy") as path, path.open("wb") as offsets_file:
-        np.save(offsets_file, offsets, allow_pickle=False)
-    about = {"eos_token_id": eos, "fingerprint": digest.hexdigest(), "documents": len(lengths)}
+        mask = np.concatenate(masks) if masks else None
+        return TokenStore(np.concatenate(chunks), offsets, eos_token_id, digest.hexdigest(), mask, owned)
+    for name, values in (("offsets.npy", offsets), ("owners.npy", owned)):
+        if values is not None:
+            with atomic_path(Path(out) / name) as path, path.open("wb") as small_file:
+                np.save(small_file, values, allow_pickle=False)
+    about = {"eos_token_id": eos_token_id, "fingerprint": digest.hexdigest(), "documents": len(lengths)}
     atomic_write_text(Path(out) / "store.json", json.dumps(about))
     return TokenStore.open(out)
 
 
-def _write_header(file: BinaryIO, length: int) -> None:
+def _write_header(file: BinaryIO, length: int, descr: str = "<i4") -> None:
     # The format pads its header so that the first axis can grow in place: the same number of bytes for any length.
-    header = {"descr": "<i4", "fortran_order": False, "shape": (length,)}
+    header = {"descr": descr, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
+
+
+class Rows(Protocol):
+    """Rows of one length that are read by number: blocks cut anywhere, or packs of whole examples."""
+
+    seq_len: int
+    seed: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def columns(self, items: ArrayLike) -> dict[str, NDArray[np.int64]]:
+        """``input_ids``, ``labels`` and what else a row has, by place in the store ``(B,)``; each ``(B, T)``."""
+        ...
 
 
 class PackedBlocks:
@@ -183,8 +260,8 @@ class PackedBlocks:
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         if position < 0:
             raise IndexError(f"positions start at 0; got {position}.")
-        ids = torch.from_numpy(self.tokens([position])[0])
-        return {"input_ids": ids, "labels": ids.clone(), "row": torch.tensor(position)}
+        columns = self.columns(self.order([position])[1])
+        return {name: torch.from_numpy(values[0]) for name, values in columns.items()} | {"row": torch.tensor(position)}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
@@ -197,6 +274,13 @@ class PackedBlocks:
         """Return blocks by their place in the store, ``(B,)`` in [0, len), as ``(B, T)`` int64."""
         whole = self.store.tokens[: len(self) * self.seq_len].reshape(-1, self.seq_len)
         return whole[np.asarray(items, dtype=np.int64)].astype(np.int64)
+
+    def columns(self, items: ArrayLike) -> dict[str, NDArray[np.int64]]:
+        """Return ``input_ids`` and ``labels`` by place in the store, ``(B, T)``; labels are -100 off target."""
+        ids = self.blocks(items)
+        trained = self.store.trained
+        labels = ids.copy() if trained is None else np.where(trained[self._places(items)], ids, IGNORED)
+        return {"input_ids": ids, "labels": labels}
 
     def document_ids(self, items: ArrayLike) -> NDArray[np.int64]:
         """Return which document of the store each token of these blocks belongs to, ``(B, T)`` int64."""
@@ -227,9 +311,8 @@ def _positions(step: int, rows: int, start: int, stop: int | None) -> NDArray[np
     return np.arange(step * rows + start, step * rows + stop, dtype=np.int64)
 
 
-def _causal_batch(ids: NDArray[np.int64], positions: NDArray[np.int64]) -> dict[str, Tensor]:
-    input_ids = torch.from_numpy(ids)
-    return {"input_ids": input_ids, "labels": input_ids.clone(), "row": torch.from_numpy(positions)}
+def _batch(columns: dict[str, NDArray[np.int64]], **more: NDArray[np.int64]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values) for name, values in {**columns, **more}.items()}
 
 
 class PackedStream:
@@ -268,7 +351,7 @@ class PackedStream:
         """
         positions = _positions(step, self.rows, start, stop)
         _, items = self.blocks.order(positions)
-        batch = _causal_batch(self.blocks.blocks(items), positions)
+        batch = _batch(self.blocks.columns(items), row=positions)
         if self._with_documents:
             batch["document_ids"] = torch.from_numpy(self.blocks.document_ids(items))
         return batch
@@ -289,15 +372,23 @@ class MixedStream:
     are exact, others are off by less than 2e-5. ``weights`` holds the shares in use.
 
     Args:
-        parts: (blocks, weight) pairs; weights are >= 0 and are normalised.
+        parts: (rows, weight) pairs with the same columns; weights are >= 0 and are normalised.
         rows: blocks per batch, >= 1.
         seed: of the order inside each part.
+        walks: the order inside each part instead, so that one mixture goes on where another stopped.
 
     Raises:
         ValueError: no part, different block lengths, or a weight that is negative, infinite or too small to represent.
     """
 
-    def __init__(self, parts: Sequence[tuple[PackedBlocks, float]], rows: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Rows, float]],
+        rows: int,
+        seed: int = 0,
+        *,
+        walks: Sequence[VirtualIndex] | None = None,
+    ) -> None:
         if rows < 1 or not parts:
             raise ValueError(
                 f"a mixture needs rows >= 1 and at least one part; got rows={rows} and {len(parts)} parts."
@@ -314,18 +405,19 @@ class MixedStream:
         # _before[p, t]: rows of part p among the first t of a period.
         self._before = np.zeros((len(parts), self._period + 1), dtype=np.int32)
         np.cumsum(self._sequence == np.arange(len(parts))[:, None], axis=1, out=self._before[:, 1:])
-        self._orders = [
+        self._orders = list(walks or ()) or [
             VirtualIndex(len(blocks), derive_seed(seed, "mixture", p, blocks.seed))
             for p, blocks in enumerate(self.parts)
         ]
         prints = [blocks.fingerprint for blocks in self.parts]
-        self.fingerprint = _fingerprint("mixed", prints, self._units, rows, seed)
+        order = seed if walks is None else [[walk.seed, walk.begin] for walk in walks]
+        self.fingerprint = _fingerprint("mixed", prints, self._units, rows, order)
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Return rows [start, stop) of batch ``step``.
 
         Returns:
-            ``input_ids`` and ``labels`` ``(B, T)``, ``row`` and ``part`` (which corpus) ``(B,)``, int64.
+            The parts' columns ``(B, T)``, ``row`` and ``part`` (which corpus) ``(B,)``, int64.
 
         Raises:
             ValueError: ``step`` is negative or the range is not inside the batch.
@@ -334,15 +426,21 @@ class MixedStream:
         periods, places = np.divmod(positions, self._period)
         part = self._sequence[places].astype(np.int64)
         within = periods * np.asarray(self._units)[part] + self._before[part, places]
-        ids = np.empty((len(positions), self.tokens_per_row), dtype=np.int64)
+        shape = (len(positions), self.tokens_per_row)
+        columns = {name: np.empty(shape, np.int64) for name in self.parts[0].columns(np.empty(0, np.int64))}
         for p in np.unique(part):
             here = part == p
-            ids[here] = self.parts[p].blocks(self._orders[p](within[here])[1])
-        return _causal_batch(ids, positions) | {"part": torch.from_numpy(part)}
+            for name, values in self.parts[p].columns(self._orders[p](within[here])[1]).items():
+                columns[name][here] = values
+        return _batch(columns, row=positions, part=part)
 
     def counts(self, step: int) -> NDArray[np.int64]:
         """Return the rows that each part has given before batch ``step``, ``(parts,)``."""
-        periods, place = divmod(step * self.rows, self._period)
+        return self.given(step * self.rows)
+
+    def given(self, rows: int) -> NDArray[np.int64]:
+        """Return how many of the first ``rows`` rows each part gives, ``(parts,)``."""
+        periods, place = divmod(rows, self._period)
         return periods * np.asarray(self._units, dtype=np.int64) + self._before[:, place]
 
     def epochs(self, step: int) -> list[float]:
@@ -424,7 +522,7 @@ def mask_tokens(
     target = (chosen < probability) & ~np.isin(input_ids, tokenizer.all_special_ids)
     masked = np.where(target & (kind < 0.8), tokenizer.mask_token_id, input_ids)
     masked = np.where(target & (kind >= 0.9), (token * len(tokenizer)).astype(np.int64), masked)
-    return masked, np.where(target, input_ids, -100)
+    return masked, np.where(target, input_ids, IGNORED)
 
 
 class MaskedStream:

@@ -84,6 +84,7 @@ def bits_per_byte(
     tokenizer: PreTrainedTokenizerBase,
     docs: Iterable[Document | str],
     *,
+    heads: Sequence[Sequence[int]] | None = None,
     window: int | None = None,
     batch_size: int = 16,
     device: str | torch.device | None = None,
@@ -91,12 +92,14 @@ def bits_per_byte(
     """Score documents under a causal model, each alone.
 
     A start token (BOS, else EOS) goes first. A document longer than ``window`` slides through it by half a window, and
-    only the new half is scored, so a token sees at least ``window - window // 2 - 1`` tokens before it.
+    only the new half is scored, so a token sees at least ``window - window // 2 - 1`` tokens before it. A head, such as
+    the source of the document, stands in front of every window, after the start token.
 
     Args:
         model: a causal language model; run in evaluation mode and given back in its own.
         tokenizer: the model's.
         docs: documents; an empty one scores 0 nats over 0 bytes.
+        heads: tokens that are given before each document and not scored themselves; none by default.
         window: tokens the model sees at once, >= 2. None: the model's number of positions, or 1024 where it has none.
         batch_size: segments per forward pass; the sums do not depend on it (beyond rounding).
         device: where inputs go; None: where the model is.
@@ -105,32 +108,42 @@ def bits_per_byte(
         Scores in the order of ``docs``; the end-of-sequence token is not scored.
 
     Raises:
-        ValueError: the tokenizer has neither BOS nor EOS, or ``window`` is below 2.
+        ValueError: the tokenizer has neither BOS nor EOS, ``window`` is below 2 or too small for a head, or there are
+            not as many heads as documents.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("bits_per_byte needs a bos or eos token to predict a document's first token from.")
     window = _window(model, window)
     texts = _texts(docs)
+    given = [()] * len(texts) if heads is None else heads
+    if len(given) != len(texts):
+        raise ValueError(f"there must be one head for each document; got {len(given)} for {len(texts)}.")
     segments = [
         segment
-        for document, ids in enumerate(_encode(tokenizer, texts))
-        for segment in _causal_segments(document, np.concatenate([[start], ids]).astype(np.int64), window)
+        for document, (head, ids) in enumerate(zip(given, _encode(tokenizer, texts), strict=True))
+        for segment in _causal_segments(
+            document, np.concatenate([[start], head, ids]).astype(np.int64), window, kept=1 + len(head) if head else 0
+        )
     ]
     nats, _ = _score(model, segments, len(texts), tokenizer, batch_size, device)
     return Scored(nats, np.array([len(text.encode()) for text in texts], dtype=np.int64), "byte")
 
 
-def _causal_segments(document: int, ids: NDArray[np.int64], window: int) -> Iterator[_Segment]:
-    stride = window // 2
-    scored = 1  # ids[:scored] need no score any more; the start token never does
-    begin = 0
+def _causal_segments(document: int, ids: NDArray[np.int64], window: int, kept: int = 0) -> Iterator[_Segment]:
+    """``ids[:kept]`` stand in front of every segment and are not scored."""
+    room = window - kept
+    if room < 2:
+        raise ValueError(f"window {window} leaves no room for a document after a head of {kept} tokens.")
+    scored = max(kept, 1)  # ids[:scored] need no score any more; the start token never does
+    begin = kept
     while scored < len(ids):
-        end = min(begin + window, len(ids))
-        targets = np.full(end - begin, IGNORED, dtype=np.int64)
-        targets[scored - 1 - begin : -1] = ids[scored:end]  # the place before a token predicts it
-        yield _Segment(document, ids[begin:end], targets)
-        scored, begin = end, begin + stride
+        end = min(begin + room, len(ids))
+        inputs = np.concatenate([ids[:kept], ids[begin:end]])
+        targets = np.full(len(inputs), IGNORED, dtype=np.int64)
+        targets[kept + scored - 1 - begin : -1] = ids[scored:end]  # the place before a token predicts it
+        yield _Segment(document, inputs, targets)
+        scored, begin = end, begin + room // 2
 
 
 def masked_bits(

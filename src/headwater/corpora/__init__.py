@@ -1,0 +1,1 @@
+"""What the model reads: curated, mixed, synthesised, formatted."""

@@ -1,0 +1,83 @@
+"""A corpus as a plan: which documents a model reads, in which proportion, in which form, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headwater.core.optim import OptimSpec
+from headwater.modalities.text.docs import Document
+from headwater.modalities.text.examples import Formatter
+
+__all__ = ["Condition", "Corpus", "Reading"]
+
+Condition = Callable[[Document], Sequence[int] | None]
+"""Tokens that stand before a held-out document when it is scored; None where there are none for it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One phase of the plan.
+
+    Attributes:
+        name: of the phase.
+        share: of the budget, in (0, 1].
+        tables: what is read.
+        weights: share of each table in every batch, >= 0; None: in proportion to their sizes.
+        format: what documents look like; None: the document and EOS.
+        optim: None goes on from the phase before, with its moments, on one schedule over the whole budget. Otherwise
+            this phase starts afresh, on a schedule of its own.
+    """
+
+    name: str
+    share: float
+    tables: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    format: Formatter | None = None
+    optim: OptimSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tables or len(set(self.tables)) < len(self.tables):
+            raise ValueError(f"phase {self.name!r} must read tables, each once; got {list(self.tables)}.")
+        if self.weights is not None and len(self.weights) != len(self.tables):
+            raise ValueError(
+                f"phase {self.name!r} has {len(self.weights)} weights for {len(self.tables)} tables; give one for each."
+            )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a method decides: an ordered plan of what the model reads.
+
+    Attributes:
+        phases: in order; their shares sum to 1.
+        tables: documents by name.
+        conditions: by name, further ways to score held-out text: ``eval/SET/NAME/bpb``.
+        usage: how the model must be called, as JSON data, saved as ``model/corpus.json``; none where it is called as
+            any other.
+        readme: the same in words.
+        files: further files of the run directory.
+    """
+
+    phases: tuple[Reading, ...]
+    tables: Mapping[str, Sequence[Document]]
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    usage: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON data
+    readme: str = ""
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        total = sum(phase.share for phase in self.phases)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the phases of a corpus share the whole budget; their shares sum to {total:g}.")
+        if len({phase.name for phase in self.phases}) < len(self.phases):
+            raise ValueError("two phases of a corpus have one name.")
+        read = {table for phase in self.phases for table in phase.tables}
+        if unknown := sorted(read ^ set(self.tables)):
+            raise ValueError(
+                f"the phases read the tables {sorted(read)} and the corpus has {sorted(self.tables)}; "
+                f"{unknown[0]!r} is not in both."
+            )
+        if empty := [name for name, documents in self.tables.items() if not len(documents)]:
+            raise ValueError(f"table {empty[0]!r} of the corpus holds no document.")
