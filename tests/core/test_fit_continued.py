@@ -125,7 +125,7 @@ def test_rejects_what_cannot_be_continued(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="continues 'first', which has not finished in"):
         train(second, tmp_path / "c")
     train(first, tmp_path / "b")
-    with pytest.raises(ValueError, match="keeps moments as 8bit, and 'first', which it continues, as fp32"):
+    with pytest.raises(ValueError, match="keeps moments as adamw/8bit, and 'first', which it continues, as adamw/fp32"):
         train(second, tmp_path / "b", optim=OPTIM.model_copy(update={"states": "8bit"}))
     with pytest.raises(ValueError, match="continues 'first', which trains another model"):
         Phase("second", Toy(), Later(), ToyObjective(), continues=first)

@@ -175,11 +175,11 @@ class Loop:
                 f"phase {self.phase.name!r} continues {before.name!r}, which has not finished in {store.directory}. "
                 "Train that one first, in the same directory."
             )
-        states = saved.state["identity"]["optim"]["states"]
-        if states != self.optim.states:
+        kept, asked = (_moments(optim) for optim in (saved.state["identity"]["optim"], self.identity["optim"]))
+        if kept != asked:
             raise ValueError(
-                f"phase {self.phase.name!r} keeps moments as {self.optim.states}, and {before.name!r}, which it "
-                f"continues, as {states}; give both the same `states`."
+                f"phase {self.phase.name!r} keeps moments as {asked}, and {before.name!r}, which it continues, as "
+                f"{kept}; give both the same optimizer and `states`."
             )
         load_moments(self.modules, self.optimizer, saved.tensors)
 
@@ -494,6 +494,11 @@ def _accelerator(settings: FitSettings, directory: Path) -> Accelerator:
 
 def _row_names(batch: Mapping[str, Tensor], own: tuple[int, int]) -> list[int]:
     return [int(row) for row in batch["row"].flatten().tolist()] if "row" in batch else list(range(*own))
+
+
+def _moments(optim: Mapping[str, Any]) -> str:
+    """What an optimizer, as JSON data, remembers of earlier steps, and how."""
+    return f"{optim.get('kind', 'adamw')}/{optim.get('states', 'fp32')}"
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
