@@ -126,7 +126,7 @@ class Loop:
         self.plan: Plan
         self.mark = 0.0  # of the clock that runs while training
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64  # counts beyond 2**24 are exact
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "phase": phase.name,
             "seed": seed,
             "budget": budget.model_dump(exclude_none=True),
