@@ -626,9 +626,9 @@ class MixtureRatio(Diagnose):
         if isinstance(self.runs, Path):
             return read_table(self.runs), Cost()
         recipes = self.runs.recipes(self.seed)
-        results = [execute(load_recipe(data), run.nested(name), resume=True) for name, data in recipes.items()]
+        results = [execute(load_recipe(data), run.path(name), resume=True) for name, data in recipes.items()]
         cost = sum((Cost.from_dict(result.cost) for result in results), Cost())
-        return from_runs([run.nested(name) for name in recipes], self.runs.domain.name), cost
+        return from_runs([run.path(name) for name in recipes], self.runs.domain.name), cost
 
     def _choice(
         self, laws: Mapping[Target, LawFit], draws: Mapping[Target, LawDraws], table: pd.DataFrame
