@@ -189,6 +189,13 @@ def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obj
 
 
 @pytest.fixture(scope="session")
+def emulated_fields(compose_fields: dict[str, dict[str, object]]) -> dict[str, object]:
+    """The same models in the roles of emulated fine-tuning."""
+    base, domain, instruct = compose_fields["models"].values()
+    return {**compose_fields, "models": {"large": instruct, "small": base, "small_tuned": domain}}
+
+
+@pytest.fixture(scope="session")
 def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
     """Fields that make any recipe of the stage ``efficient`` run in about a second."""
     return {

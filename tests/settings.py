@@ -17,6 +17,7 @@ __all__ = [
     "opens_as_language_model",
     "opens_as_safetensors",
     "opens_as_the_class_its_readme_names",
+    "runs_the_code_of_its_readme",
     "setting",
 ]
 
@@ -59,6 +60,23 @@ def opens_as_the_class_its_readme_names(model: Path) -> None:
         inputs["decoder_input_ids"] = ids["input_ids"][:, :1]
     with torch.no_grad():
         assert torch.isfinite(opened(**inputs).logits).all()
+
+
+def runs_the_code_of_its_readme(model: Path) -> None:
+    """The code under "Without" runs as it stands, in that directory, with transformers alone."""
+    import contextlib
+    import re
+
+    import torch
+
+    code = re.search(r"## Without\n\n```python\n(.*?)```", (model / "README.md").read_text(encoding="utf-8"), re.S)
+    assert code
+    assert "headwater" not in code[1].split("models = {")[0]
+    names: dict[str, Any] = {}
+    with contextlib.chdir(model):
+        exec(code[1], names)
+    assert names["ids"].shape[1] > 40
+    assert torch.isfinite(names["log_p"]).all()
 
 
 def opens_as_json(model: Path) -> None:
@@ -128,6 +146,16 @@ FAMILIES: dict[str, Setting] = {
 }
 
 
-def setting(stage: str) -> Setting:
-    """The setting of a stage; a stage without one is a family whose methods no contract holds."""
-    return FAMILIES[stage]
+METHODS: dict[str, Setting] = {
+    "emulated_finetuning": Setting(
+        fixture="emulated_fields",
+        opens=runs_the_code_of_its_readme,
+        unseeded=frozenset({"emulated_finetuning"}),
+    ),
+}
+"""Methods whose fields or results have another form than their family's."""
+
+
+def setting(stage: str, method: str) -> Setting:
+    """The setting of a method; a stage without one is a family whose methods no contract holds."""
+    return METHODS.get(method) or FAMILIES[stage]

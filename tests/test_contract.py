@@ -25,7 +25,7 @@ every_method = pytest.mark.parametrize("entry", CATALOGUE.methods, ids=lambda en
 
 
 def fields_of(entry: Entry, request: pytest.FixtureRequest) -> dict[str, Any]:
-    chosen = setting(entry.stage)
+    chosen = setting(entry.stage, entry.id)
     return {"method": entry.id, **request.getfixturevalue(chosen.fixture), **chosen.extra.get(entry.id, {})}
 
 
@@ -169,7 +169,7 @@ def test_property_same_seed_same_result(entry: Entry, request: pytest.FixtureReq
 def test_property_another_seed_another_result(entry: Entry, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     _, first = finished(entry, request)
     other = execute(load_recipe({**fields_of(entry, request), "seed": 7}), tmp_path / "other")
-    assert (comparable(other) != comparable(first)) == (entry.id not in setting(entry.stage).unseeded)
+    assert (comparable(other) != comparable(first)) == (entry.id not in setting(entry.stage, entry.id).unseeded)
 
 
 @every_recipe
@@ -217,7 +217,7 @@ def test_property_what_it_saves_opens_without_us(entry: Entry, request: pytest.F
         assert "headwater." not in path.read_text(encoding="utf-8").replace("headwater.json", ""), (
             f"{path} names our code"
         )
-    setting(entry.stage).opens(model)
+    setting(entry.stage, entry.id).opens(model)
 
 
 @every_recipe

@@ -101,7 +101,7 @@ class Composition(Recipe):
     """What all models must have in common; ``architecture`` includes the vocabulary."""
 
     models: dict[str, ModelRef] = Field(
-        description="the models to compose, by role; LoRA adapters of `base` are models too"
+        description="the models to compose, by role; LoRA adapters of one of them are models too"
     )
     suites: dict[str, SuiteRef] = Field(
         min_length=1,
@@ -109,6 +109,7 @@ class Composition(Recipe):
     )
     out_dtype: OutDtype = Field(default="auto", description="dtype of the weights written; `auto` is that of the base")
     tokenizer_from: str = Field(default="base", description="role whose tokenizer and configuration the whole gets")
+    adapters_on: str = Field(default="base", description="role of the model that LoRA adapters belong on")
     budget: Budget = Field(
         default=Budget.none(), description="of training gates, masks or adapters, where a method does so"
     )
@@ -166,6 +167,8 @@ class Composition(Recipe):
 
 
 def _write_readme(recipe: Composition, run: Run) -> None:
+    if (run.model / "README.md").exists():  # a method that leaves no weights says itself how to call what it leaves
+        return
     parts = "\n".join(f"- {role}: `{ref.name}`" for role, ref in recipe.models.items())
     adapter = (run.model / "adapter_config.json").exists()
     opening = "peft.AutoPeftModelForCausalLM" if adapter else "transformers.AutoModelForCausalLM"

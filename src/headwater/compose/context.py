@@ -93,26 +93,28 @@ class CompositionContext:
         return (self.directory(role) / "adapter_config.json").exists()
 
     def source(self, role: str) -> WeightSource:
-        """The weights of a part, lazily; those of an adapter as the change it makes to ``base``."""
-        return open_part(self.directory(role), self._base)
+        """The weights of a part, lazily; those of an adapter as the change it makes to its base."""
+        directory = self.directory(role)
+        return open_part(directory, self._base) if self.is_adapter(role) else WeightSource.open(directory)
 
     @cached_property
     def _base(self) -> WeightSource:
-        return WeightSource.open(self.directory("base"))
+        return WeightSource.open(self.directory(self.recipe.adapters_on))
 
     def model(self, role: str) -> nn.Module:
-        """A fresh copy of a part; an adapter is put on ``base``, whatever it calls its base itself, and merged."""
+        """A fresh copy of a part; an adapter is put on its base, whatever it calls its base itself, and merged."""
         ref = self.recipe.models[role]
         if not self.is_adapter(role):
             return load_model(ref, head_of(ref))
         from peft import PeftModel
 
-        merged: nn.Module = PeftModel.from_pretrained(self.model("base"), self.directory(role)).merge_and_unload()
+        base = self.model(self.recipe.adapters_on)
+        merged: nn.Module = PeftModel.from_pretrained(base, self.directory(role)).merge_and_unload()
         return merged.eval()
 
     def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
-        """A part's own tokenizer; that of ``base`` for an adapter."""
-        return load_tokenizer(self.recipe.models["base" if self.is_adapter(role) else role])
+        """A part's own tokenizer; that of its base for an adapter."""
+        return load_tokenizer(self.recipe.models[self.recipe.adapters_on if self.is_adapter(role) else role])
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -196,6 +198,11 @@ class CompositionContext:
 
     def _check_heads(self) -> None:
         for role, ref in self.recipe.models.items():
+            if self.is_adapter(role) and self.recipe.adapters_on not in self.recipe.models:
+                raise ModelError(
+                    f"{role}: {ref.name!r} is an adapter, and there is no model {self.recipe.adapters_on!r} to put it "
+                    f"on; set adapters_on to one of {', '.join(self.recipe.models)}"
+                )
             if not self.is_adapter(role) and (head := head_of(ref)) != "causal":
                 raise ModelError(
                     f"{role}: {ref.name!r} is a {head} model; the suites of this stage score causal language models"

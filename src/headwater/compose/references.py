@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ class SinglePart(Composition):
     """
 
     id: ClassVar[str] = "single_part"
+    roles: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[Literal["architecture", "vocabulary"]] = "vocabulary"
 
     part: str | None = Field(
         default=None, description="role of the part; by default the one whose weakest suite is best on validation"
@@ -32,7 +34,7 @@ class SinglePart(Composition):
         if role not in self.models:
             raise RecipeError(f"part {role!r} is no role of models: {', '.join(self.models)}")
         ctx.run.notes["part"] = role
-        source, base = ctx.source(role), ctx.source("base" if ctx.is_adapter(role) else role)
+        source, base = ctx.source(role), ctx.source(self.adapters_on if ctx.is_adapter(role) else role)
         parts = {role: (source, 1.0)} if source.is_delta else {"base": (source, 1.0)}
         ctx.charge(merge(base, parts, ctx.out, method="linear", **ctx.streaming()))
         return WeightsOnDisk(ctx.out)
