@@ -1,4 +1,4 @@
-"""(i) What does decoding three models together cost beside running them one by one, and beside the large one alone?
+"""(j) What does decoding three models together cost beside running them one by one, and beside the large one alone?
 
     python -m benchmarks.emulated
 
@@ -120,7 +120,7 @@ def main() -> None:
     if not torch.equal(guessed.input_ids, composed.generate(prompt, max_new_tokens=NEW, do_sample=False)):
         raise SystemExit("speculation decodes something else than the model")
     report(
-        "(i) emulated fine-tuning per token, 29 M and twice 3 M parameters",
+        "(j) emulated fine-tuning per token, 29 M and twice 3 M parameters",
         ratios,
         seconds=seconds,
         checked="the composed model decodes what the formula gives without caches; processor and speculation the same",

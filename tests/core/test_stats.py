@@ -15,6 +15,7 @@ from headwater.core.stats import (
     aurc,
     bootstrap_interval,
     correlation,
+    expected_calibration_error,
     holm,
     paired_bootstrap,
     pareto_front,
@@ -277,3 +278,18 @@ def test_property_aurc_is_least_for_the_perfect_order_and_constant_confidence_gi
 def test_rejects_risk_of_unpaired_input():
     with pytest.raises(ValueError, match="confidence and loss must be paired; got 2 and 1"):
         risk_coverage([1.0, 2.0], [1.0])
+
+
+def test_equation_of_calibration_error():
+    # Bins (0, .5] and (.5, 1]: |0.5 - 0.4| of two, |2/3 - 0.8| of three.
+    found = expected_calibration_error([0.3, 0.5, 0.7, 0.8, 0.9], [0, 1, 1, 0, 1], bins=2)
+    assert found == pytest.approx((2 * 0.1 + 3 * (0.8 - 2 / 3)) / 5)
+
+
+def test_degenerate_calibration_at_the_ends():
+    assert expected_calibration_error([0.0, 1.0], [0, 1]) == 0
+    assert expected_calibration_error([0.0, 1.0], [1, 0]) == 1
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        expected_calibration_error([1.2], [1])
+    with pytest.raises(ValueError, match="one length"):
+        expected_calibration_error([0.2, 0.1], [1])

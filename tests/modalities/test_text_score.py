@@ -89,7 +89,7 @@ def test_degenerate_empty_and_none(llama):
 def test_rejects_what_cannot_be_scored(llama):
     bare = train_bpe(TEXTS, 270)
     bare.eos_token = None
-    with pytest.raises(ValueError, match="needs a bos or eos token"):
+    with pytest.raises(ValueError, match="a bos or eos token is needed"):
         bits_per_byte(llama, bare, TEXTS)
     with pytest.raises(ValueError, match="window must be at least 2"):
         bits_per_byte(llama, TOKENIZER, TEXTS, window=1)

@@ -163,7 +163,7 @@ class Composition(Recipe):
             for name, suite in suites.items()
         }
         run.write_json("items.json", items)
-        return metrics | ctx.inference(model)
+        return metrics | ctx.ledger(model) | ctx.inference(model)
 
 
 def _write_readme(recipe: Composition, run: Run) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headwater.compose.merge import open_part
 from headwater.compose.suites import Score, Suite, retention
 from headwater.core.budget import Meter, count_flops
-from headwater.core.cache import atomic_write_text, cache_dir
+from headwater.core.cache import atomic_write_text, cache_dir, cached_json
 from headwater.core.recipe import Metrics, ModelRef
 from headwater.core.weights import MergeReport, WeightSource
 from headwater.modalities.models import (
@@ -30,6 +30,9 @@ from headwater.modalities.models import (
     model_directory,
     parameter_fingerprint,
 )
+from headwater.modalities.text.docs import Document, fingerprint
+from headwater.modalities.text.ledger import ledger, ledger_metrics
+from headwater.modalities.text.prepared import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from headwater.compose.base import Composition
@@ -167,6 +170,26 @@ class CompositionContext:
             scored = {name: score.to_dict() for name, score in self.score(model, side, role).items()}
             atomic_write_text(path, json.dumps(scored))
         return {name: Score.from_dict(data) for name, data in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def ledger(self, whole: nn.Module) -> Metrics:
+        """The forgetting ledger of the whole beside that of the model it stands for, the first of the roles.
+
+        General text is that of a suite called ``general``, if it is one of bits per byte.
+        """
+        role = (*self.recipe.roles, self.recipe.tokenizer_from)[0]
+        suite = self.suites.get("general")
+        texts = () if suite is None else cast(Sequence[Document], suite.texts)
+        start = self.model(role)
+        about = {
+            "model": parameter_fingerprint(start),
+            "texts": fingerprint(texts),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer_of(role)),
+            "version": 1,
+        }
+        before = cached_json(
+            "ledger", about, lambda: ledger(cast(PreTrainedModel, start), self.tokenizer_of(role), texts)
+        )
+        return ledger_metrics(before, ledger(cast(PreTrainedModel, whole), self.tokenizer, texts))
 
     def retention(self, scores: Mapping[str, Mapping[str, Score]], whole: str = "composed") -> dict[str, float]:
         """By suite, what ``scores[whole]`` keeps of the best other part.

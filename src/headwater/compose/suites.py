@@ -62,6 +62,7 @@ class Suite:
         ids: of the test items.
         valid: scores a causal model on the items that may be chosen by.
         test: scores it on the items of the final figure.
+        texts: the test items of a suite of plain text.
     """
 
     direction: Literal["higher", "lower"]
@@ -69,10 +70,12 @@ class Suite:
     ids: list[str]
     valid: Scorer
     test: Scorer | Sealed
+    texts: Sequence[Document] | Sealed = ()
 
     def sealed(self, name: str) -> Suite:
         """The same suite without its test side, as a method's hook gets it."""
-        return replace(self, test=Sealed(f"the test side of suite {name!r}"))
+        shut = Sealed(f"the test side of suite {name!r}")
+        return replace(self, test=shut, texts=shut)
 
 
 class BitsSuite(Spec):
@@ -102,7 +105,7 @@ class BitsSuite(Spec):
         valid, test = _first(split.valid, self.eval_chars), _first(split.test, self.eval_chars)
         _check_size(name, valid, test)
         mark = _digest("bits", fingerprint(valid), fingerprint(test))
-        return Suite("lower", mark, [d.id for d in test], partial(_bits, valid), partial(_bits, test))
+        return Suite("lower", mark, [d.id for d in test], partial(_bits, valid), partial(_bits, test), test)
 
 
 class ChoiceSuite(Spec):
@@ -136,9 +139,9 @@ class ChoiceSuite(Spec):
         valid, test = split.valid, split.test
         _check_size(name, valid, test)
         mark = _digest("choice", self.metric, fingerprint(valid), fingerprint(test), *(r.meta["answer"] for r in rows))
-        sides = [partial(_choice, rows, labels, self.metric) for rows in (valid, test)]
         direction: Literal["higher", "lower"] = "lower" if self.metric == "cross_entropy" else "higher"
-        return Suite(direction, mark, [row.id for row in test], *sides)
+        choose, judge = (partial(_choice, side, labels, self.metric) for side in (valid, test))
+        return Suite(direction, mark, [row.id for row in test], choose, judge)
 
 
 SuiteRef = Annotated[BitsSuite | ChoiceSuite, Field(discriminator="kind")]

@@ -120,6 +120,7 @@ def _run(directory: Path, result: Data) -> str:
         "run.html.j2",
         title=f"Run {directory.resolve().name}",
         result=result,
+        sides=_before_and_after(result["metrics"]),
         curves=curves,
         costs=_costs([result["cost"]]),
         samples=_read(directory / "samples.json") if (directory / "samples.json").exists() else [],
@@ -127,6 +128,12 @@ def _run(directory: Path, result: Data) -> str:
         commands=[f"headwater run {where}/recipe.yaml --out {where}-again"],
         environment=_read(directory / "environment.json") if (directory / "environment.json").exists() else {},
     )
+
+
+def _before_and_after(metrics: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Name, before, after of every metric that has a ``_start`` beside it."""
+    starts = {name: metrics.get(f"{name}_start") for name in metrics}
+    return [(name, start, metrics[name]) for name, start in starts.items() if start is not None]
 
 
 def _front(rows: Sequence[Data], gain: Axis, price: Axis | None, limit: float | None, number: int) -> Data | None:

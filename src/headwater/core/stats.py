@@ -7,7 +7,7 @@ nothing.
 Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993 (percentile intervals); Owen, "The pigeonhole
 bootstrap", arXiv:0712.1111 (crossed seeds and items); Holm, "A Simple Sequentially Rejective Multiple Test Procedure",
 1979; Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", arXiv:1805.08206
-(risk-coverage curve).
+(risk-coverage curve); Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599 (calibration error).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "aurc",
     "bootstrap_interval",
     "correlation",
+    "expected_calibration_error",
     "holm",
     "paired_bootstrap",
     "pareto_front",
@@ -413,3 +414,28 @@ def risk_coverage(confidence: ArrayLike, loss: ArrayLike) -> RiskCoverage:
 def aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
     """Area under the risk-coverage curve: the mean risk over its n coverages. Arguments as ``risk_coverage``."""
     return float(risk_coverage(confidence, loss).risk.mean())
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> float:
+    """How far confidence is from accuracy, over bins of equal width.
+
+        ECE = sum over bins of |B| / n * |accuracy(B) - mean confidence(B)|
+
+    Args:
+        confidence: ``(n,)``, probability that was given to the chosen answer, in [0, 1].
+        correct: ``(n,)``, whether that answer was right.
+        bins: of equal width on [0, 1], each without its lower end; 0 is in the first.
+
+    Raises:
+        ValueError: shapes differ, nothing to judge, a probability outside [0, 1], or no bin.
+
+    Source: Guo et al., arXiv:1706.04599, equation 3.
+    """
+    p, right = _array("confidence", confidence), _array("correct", correct)
+    if p.shape != right.shape or not len(p):
+        raise ValueError(f"confidence and correct must be of one length >= 1; got {p.shape} and {right.shape}.")
+    if p.min() < 0 or p.max() > 1 or bins < 1:
+        raise ValueError(f"confidence must lie in [0, 1] and bins be >= 1; got [{p.min()}, {p.max()}] and {bins}.")
+    bin_of = np.clip(np.ceil(p * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, weights=right - p, minlength=bins)
+    return float(np.abs(gaps).sum() / len(p))

@@ -20,6 +20,7 @@ from headwater.domain.adaptation import Adaptation
 from headwater.domain.corpus import MIN_HELD_OUT_DOCUMENTS
 from headwater.domain.gap import gap
 from headwater.modalities.text.docs import Document, fingerprint
+from headwater.modalities.text.ledger import ledger, ledger_metrics
 from headwater.modalities.text.prepared import held_out_sample
 from headwater.modalities.text.score import Scored, bits_per_byte, linear_probe, masked_bits
 from headwater.modalities.text.sources import open_labelled
@@ -33,6 +34,7 @@ __all__ = ["Evaluation"]
 MIDWAY_CHARS = 12_000
 MIDWAY_DOCUMENT_CHARS = 1_000
 VALIDATION_CHARS = 100_000
+LEDGER_CHARS = 40_000
 COMPLETION_TOKENS = 40
 
 
@@ -71,7 +73,7 @@ class Evaluation:
             "tasks": [task.model_dump(mode="json") for task in self.recipe.downstream],
             "seq_len": self.ctx.seq_len,
             "tokenizer": len(self.ctx.tokenizer),
-            "version": 2,
+            "version": 3,
         }
         self.start: dict[str, Any] = cached_json(
             "start-scores", about, lambda: self._score_all(self.ctx.start(lora=False))
@@ -86,7 +88,14 @@ class Evaluation:
             "items": {role: [s.nats.tolist(), s.counts.tolist()] for role, s in scored.items()},
             "valid": valid,
             "probe": {name: self._probe(model, name).tolist() for name in self.tasks},
+            "ledger": self._ledger(model),
         }
+
+    def _ledger(self, model: nn.Module) -> dict[str, float]:
+        if self.ctx.head != "causal":
+            return {}
+        general = held_out_sample(self.test.get("general", []), LEDGER_CHARS)
+        return ledger(cast(Any, model), self.ctx.tokenizer, general, window=self.ctx.seq_len)  # Any: see _score
 
     def _score(self, model: nn.Module, documents: Sequence[Document]) -> Scored:
         language_model = cast(Any, model)  # Any: PEFT models answer as the language model they wrap
@@ -153,6 +162,7 @@ class Evaluation:
                 f"downstream/{name}/accuracy": float(last.mean()),
                 f"downstream/{name}/gain": float((last - first).mean()),
             }
+        metrics |= ledger_metrics(self.start["ledger"], end["ledger"])
         self.run.write_json("items.json", items)
         if self.trajectory:
             self.run.write_json("trajectory.json", {"x": "tokens", "series": self.trajectory})
@@ -198,10 +208,6 @@ def _bits(item: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 def _mean_size(item: Sequence[Sequence[float]]) -> float:
     # Dividing each document's bits by the mean size makes their mean the corpus figure: total bits / total units.
     return float(np.mean(item[1]))
-
-
-def _test_sample(documents: Sequence[Document], chars: int) -> list[Document]:
-    return held_out_sample(documents, chars, at_least=MIN_HELD_OUT_DOCUMENTS)
 
 
 def _first(documents: Sequence[Document]) -> list[Document]:

@@ -25,7 +25,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.packing import mask_tokens
 
-__all__ = ["ChoiceScores", "Probe", "Scored", "bits_per_byte", "choice_scores", "linear_probe", "masked_bits"]
+__all__ = [
+    "ChoiceScores",
+    "Probe",
+    "Scored",
+    "bits_per_byte",
+    "choice_scores",
+    "linear_probe",
+    "masked_bits",
+    "position_limit",
+    "scoring",
+    "start_token",
+]
 
 IGNORED = -100
 
@@ -111,10 +122,8 @@ def bits_per_byte(
         ValueError: the tokenizer has neither BOS nor EOS, ``window`` is below 2 or too small for a head, or there are
             not as many heads as documents.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ValueError("bits_per_byte needs a bos or eos token to predict a document's first token from.")
-    window = _window(model, window)
+    start = start_token(tokenizer)
+    window = position_limit(model, window)
     texts = _texts(docs)
     given = [()] * len(texts) if heads is None else heads
     if len(given) != len(texts):
@@ -178,7 +187,7 @@ def masked_bits(
     Raises:
         ValueError: the tokenizer has no mask token, or ``window`` leaves no room between CLS and SEP.
     """
-    window = _window(model, window)
+    window = position_limit(model, window)
     first, last = ([] if token is None else [token] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     room = window - len(first) - len(last)
     if room < 1:
@@ -202,7 +211,24 @@ def masked_bits(
     return Scored(nats, counts, "masked token")
 
 
-def _window(model: PreTrainedModel, window: int | None) -> int:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text is predicted from: BOS, else EOS.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("a bos or eos token is needed to predict a text's first token from.")
+    return int(start)
+
+
+def position_limit(model: PreTrainedModel, window: int | None = None) -> int:
+    """How many tokens the model sees at once: ``window``, else its number of positions, else 1024.
+
+    Raises:
+        ValueError: fewer than 2.
+    """
     if window is None:
         window = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
     if window < 2:
@@ -231,7 +257,7 @@ def _score(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return nats and number of targets per document."""
     nats, counts = np.zeros(documents), np.zeros(documents, dtype=np.int64)
-    with _evaluating(model) as home:
+    with scoring(model) as home:
         for batch, tensors in _batches(segments, tokenizer, batch_size, device or home):
             logits = model(**tensors).logits
             targets = _pad([s.targets for s in batch], IGNORED).to(logits.device)
@@ -244,7 +270,7 @@ def _score(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
+def scoring(model: PreTrainedModel) -> Iterator[torch.device]:
     """Switch to evaluation mode without gradients, and back; yields the model's device."""
     training = model.training
     model.eval()
@@ -333,7 +359,7 @@ def linear_probe(
     y = np.asarray(labels)
     if y.shape != (len(texts),):
         raise ValueError(f"labels must have shape ({len(texts)},); got {y.shape}.")
-    features = _mean_pooled(model, tokenizer, texts, _window(model, window), batch_size, device)
+    features = _mean_pooled(model, tokenizer, texts, position_limit(model, window), batch_size, device)
     accuracy, chosen, test_items, correct = [], [], [], []
     for seed in seeds:
         train, test = train_test_split(np.arange(len(y)), train_size=n_train, stratify=y, random_state=seed)
@@ -371,7 +397,7 @@ def _mean_pooled(
         raise ValueError(f"text {empty[0]} has no token; leave empty texts out.")
     segments = [_Segment(i, np.array(ids, dtype=np.int64), np.empty(0, np.int64)) for i, ids in enumerate(encoded)]
     pooled: NDArray[np.float32] | None = None
-    with _evaluating(model) as home:
+    with scoring(model) as home:
         for batch, tensors in _batches(segments, tokenizer, batch_size, device or home):
             hidden = reader(**tensors, output_hidden_states=True).hidden_states[-1].float()
             weight = tensors["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -457,8 +483,8 @@ def choice_scores(
         raise ValueError(f"answers must hold one index below {len(labels)} for each of {len(prompts)} prompts.")
     if tokenizer.eos_token_id is None:
         raise ValueError("choice_scores needs an eos token, which ends an answer.")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    window = _window(model, window)
+    start = start_token(tokenizer)
+    window = position_limit(model, window)
     endings = [np.append(ids, tokenizer.eos_token_id) for ids in _encode(tokenizer, list(labels))]
     for label, ending in zip(labels, endings, strict=True):
         if not 2 <= len(ending) < window:
@@ -472,7 +498,7 @@ def choice_scores(
             segments.append(_Segment(number * len(labels) + place, whole.astype(np.int64), targets))
     nats, greedy = np.zeros(len(segments)), np.zeros(len(segments), dtype=np.bool_)
     first = np.zeros(len(segments), dtype=np.int64)
-    with _evaluating(model) as home:
+    with scoring(model) as home:
         for batch, tensors in _batches(segments, tokenizer, batch_size, device or home):
             logits = model(**tensors).logits
             for row, segment in enumerate(batch):
