@@ -148,6 +148,7 @@ def test_rejects_overrides_that_lead_nowhere(override: str) -> None:
         ("./local", "local"),
         ("/abs/path", "local"),
         ("previous", "previous"),
+        ("steps.2/model", "previous"),
     ],
 )
 def test_property_references_know_where_they_point(name: str, kind: str) -> None:
@@ -175,14 +176,19 @@ def test_property_a_pipeline_starts_each_step_from_the_one_before(
     pipeline = load_recipe(
         {
             "method": "pipeline",
-            "steps": [{"method": "plain", **short}, {"method": "plain", **short, "model": "previous", "seed": 1}],
+            "steps": [
+                {"method": "plain", **short},
+                {"method": "plain", **short, "model": "previous", "seed": 1},
+                {"method": "plain", **short, "model": "steps.0", "seed": 2},
+            ],
         }
     )
     result = execute(pipeline, tmp_path / "run")
-    first, second = (
-        json.loads((tmp_path / "run" / f"0{i}-plain" / "result.json").read_text())["metrics"] for i in (0, 1)
+    first, second, third = (
+        json.loads((tmp_path / "run" / f"0{i}-plain" / "result.json").read_text())["metrics"] for i in range(3)
     )
     assert second["domain/bpb_start"] == pytest.approx(first["domain/bpb"], rel=1e-6)
+    assert third["domain/bpb_start"] == second["domain/bpb_start"]
     assert result.metrics["01-plain/domain/bpb"] == second["domain/bpb"]
     assert isinstance(pipeline, Pipeline)
     assert load_recipe(load_yaml(pipeline.to_yaml())) == pipeline
@@ -195,6 +201,8 @@ def test_property_a_pipeline_starts_each_step_from_the_one_before(
         ([{"method": "plain", "model": "previous"}], r"steps.0"),
         ([{"method": "pipeline", "steps": []}], "steps"),
         ([{**PLAIN, "model": "previous"}], "nothing comes before the first step"),
+        ([PLAIN, {**PLAIN, "model": "steps.1"}], r"steps.1: steps.1 does not come before it"),
+        ([{**PLAIN, "model": "steps.0/model"}], r"steps.0: steps.0 does not come before it"),
     ],
 )
 def test_rejects_pipelines_that_cannot_run(steps: list[Any], words: str) -> None:
@@ -203,10 +211,11 @@ def test_rejects_pipelines_that_cannot_run(steps: list[Any], words: str) -> None
 
 
 def test_rejects_a_pipeline_path_out_of_the_previous_run(domain_fields: dict[str, Any], tmp_path: Path) -> None:
-    from headwater.core.recipe import _replace_previous
+    from headwater.core.recipe import _with_directories
 
-    with pytest.raises(RecipeError, match="leads out of the run directory"):
-        _replace_previous({"domain": "previous/../../secrets"}, tmp_path)
+    for word in ("previous", "steps.0"):
+        with pytest.raises(RecipeError, match="leads out of the run directory"):
+            _with_directories({"domain": f"{word}/../../secrets"}, [tmp_path])
 
 
 def test_oracle_the_json_schema_accepts_what_the_recipe_accepts() -> None:

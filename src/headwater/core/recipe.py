@@ -42,6 +42,8 @@ __all__ = [
     "validate",
 ]
 
+_STEP = re.compile(r"steps\.(\d+)")  # an earlier step of a pipeline
+
 T = TypeVar("T", bound=BaseModel)
 
 Metrics = dict[str, float]
@@ -96,7 +98,7 @@ class _Named(Spec):
     @property
     def kind(self) -> Literal["hub", "local", "builtin", "previous"]:
         """Where the name points; a name that exists on disk or looks like a path is local."""
-        if self.name == "previous" or self.name.startswith("previous/"):
+        if (word := self.name.partition("/")[0]) == "previous" or _STEP.fullmatch(word):
             return "previous"
         if self.name.startswith("headwater:"):
             return "builtin"
@@ -182,7 +184,8 @@ class Recipe(Spec, ABC):
 class Pipeline(Recipe):
     """Recipes in a row; ``previous`` in a step's fields means the model the step before left.
 
-    ``previous/NAME`` means the file or folder NAME in the run directory of the step before.
+    ``previous/NAME`` means the file or folder NAME in the run directory of the step before. ``steps.0`` and
+    ``steps.0/NAME`` mean the same of the first step, ``steps.1`` of the second, and so on.
     """
 
     id: ClassVar[str] = "pipeline"
@@ -197,8 +200,12 @@ class Pipeline(Recipe):
             recipe = load_recipe(step, where=f"steps.{position}")
             if isinstance(recipe, Pipeline):
                 raise ValueError(f"steps.{position}: a pipeline inside a pipeline; write its steps here instead")
-            if position == 0 and "previous" in _strings(step):
+            named = _first_words(step)
+            if position == 0 and "previous" in named:
                 raise ValueError("steps.0: nothing comes before the first step; name a model or data set")
+            for word in sorted(named):
+                if (earlier := _STEP.fullmatch(word)) and int(earlier[1]) >= position:
+                    raise ValueError(f"steps.{position}: {word} does not come before it; name an earlier step")
         return self
 
     def run(self, run: Run) -> Metrics:
@@ -206,38 +213,42 @@ class Pipeline(Recipe):
         from headwater.core.run import execute
 
         metrics: Metrics = {}
-        previous: Path | None = None
+        done: list[Path] = []
         for position, step in enumerate(self.steps):
-            data = step if previous is None else _replace_previous(step, previous)
-            recipe = load_recipe(data, where=f"steps.{position}")
+            recipe = load_recipe(_with_directories(step, done), where=f"steps.{position}")
             label = f"{position:02d}-{recipe.id}"
-            previous = run.nested(label)
-            result = execute(recipe, previous, resume=True)
+            done.append(run.nested(label))
+            result = execute(recipe, done[-1], resume=True)
             metrics.update({f"{label}/{name}": value for name, value in result.metrics.items()})
         return metrics
 
 
-def _strings(data: Any) -> set[str]:  # Any: nested plain data
+def _first_words(data: Any) -> set[str]:  # Any: nested plain data
+    """What every string in ``data`` begins with, up to its first slash."""
     if isinstance(data, str):
         return {data.split("/")[0]}
     values: Iterable[Any] = (
         data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
     )
-    return set().union(*map(_strings, values))
+    return set().union(*map(_first_words, values))
 
 
-def _replace_previous(data: Any, directory: Path) -> Any:  # Any: nested plain data
-    if data == "previous":
-        return str(directory / "model")
-    if isinstance(data, str) and data.startswith("previous/"):
-        target = (directory / data.removeprefix("previous/")).resolve()
+def _with_directories(data: Any, done: Sequence[Path]) -> Any:  # Any: nested plain data
+    """``data`` with the names of earlier steps made paths; ``done``: their run directories."""
+    if isinstance(data, str):
+        word, _, rest = data.partition("/")
+        earlier = _STEP.fullmatch(word)
+        if not done or not (earlier or word == "previous"):
+            return data
+        directory = done[int(earlier[1])] if earlier else done[-1]
+        target = (directory / (rest or "model")).resolve()
         if not target.is_relative_to(directory.resolve()):
-            raise RecipeError(f"{data!r} leads out of the run directory of the step before")
-        return str(target)
+            raise RecipeError(f"{data!r} leads out of the run directory of that step")
+        return str(target) if rest else str(directory / "model")
     if isinstance(data, Mapping):
-        return {key: _replace_previous(value, directory) for key, value in data.items()}
+        return {key: _with_directories(value, done) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_replace_previous(value, directory) for value in data]
+        return [_with_directories(value, done) for value in data]
     return data
 
 
