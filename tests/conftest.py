@@ -189,6 +189,15 @@ def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obj
 
 
 @pytest.fixture(scope="session")
+def instruction_balance_fields(
+    domain_fields: dict[str, object], compose_fields: dict[str, dict[str, object]], labelled: dict[str, Path]
+) -> dict[str, object]:
+    """Those of the stage with a model near the base in the role of the instruct model, and questions."""
+    task = {"kind": "answers", "name": "words", "data": str(labelled["test"])}
+    return {**domain_fields, "instruct": compose_fields["models"]["instruct"], "downstream": [task]}
+
+
+@pytest.fixture(scope="session")
 def emulated_fields(compose_fields: dict[str, dict[str, object]]) -> dict[str, object]:
     """The same models in the roles of emulated fine-tuning."""
     base, domain, instruct = compose_fields["models"].values()

@@ -8,22 +8,18 @@ retention is against the best of base, domain and instruct.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
+from headwater.claims.package_answers import PACKAGES, PROMPT_TOKENS, answered, tuned_on_answers, write_prompts
 from headwater.compose.instruction_vector import merge, vector_geometry
 from headwater.compose.suites import BitsSuite, ChoiceSuite, Score, Suite, retention
 from headwater.core.budget import Budget
-from headwater.core.cache import atomic_write_text
 from headwater.core.claim import Claim, Measured, Part, Scale
-from headwater.core.fit import FitSettings, Phase, fit
+from headwater.core.fit import FitSettings
 from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef, DataRef, ModelRef
-from headwater.core.rng import derive_seed
 from headwater.core.run import execute
 from headwater.core.weights import WeightSource
 from headwater.domain.references import Plain
@@ -31,15 +27,9 @@ from headwater.modalities.models import load_model, load_tokenizer, model_direct
 from headwater.modalities.text.bases import HELD_OUT, Base, trained_base
 from headwater.modalities.text.docs import Document, drop_overlap, fingerprint, split_documents
 from headwater.modalities.text.docstrings import docstring_corpus
-from headwater.modalities.text.objectives import CausalObjective
-from headwater.modalities.text.packing import PackedStream, tokenize_documents
 
 __all__ = ["CLAIM"]
 
-PACKAGES = ("sklearn", "stdlib")  # of the five of the general corpus, those that a linear model tells apart best
-PROMPT_TOKENS = 70
-TRAIN_TOKENS = (40, 100)
-ASK = "\n### Package:"
 CONTEXT = 128
 LEAST_EXACT = 0.8
 LARGEST_COSINE = 0.3
@@ -79,28 +69,6 @@ _SETTINGS: Mapping[Scale, _Setting] = {
 }
 
 
-def _answered(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
-) -> list[Document]:
-    """The beginning of each docstring and the question; ``answer`` in the meta. As many of each package.
-
-    Args:
-        documents: docstrings.
-        tokenizer: measures the beginnings.
-        lengths: their least and largest number of tokens, drawn by document: with one length for all a model learns to
-            count to the question, and then asks it in the middle of every text.
-    """
-    by_package = [[d for d in documents if d.meta["package"] == name] for name in PACKAGES]
-    chosen = [document for own in by_package for document in own[: min(map(len, by_package))]]
-    ids = tokenizer([document.text for document in chosen], add_special_tokens=False)["input_ids"]
-    found = []
-    for document, tokens in zip(chosen, ids, strict=True):
-        length = lengths[0] + derive_seed(0, "length", document.id) % (lengths[1] - lengths[0] + 1)
-        prompt = tokenizer.decode(tokens[:length]) + ASK
-        found.append(Document(document.id, prompt, {"answer": f" {document.meta['package']}"}))
-    return found
-
-
 class _Experiment:
     def __init__(self, scale: Scale, seed: int, directory: Path) -> None:
         self.setting, self.seed, self.directory = _SETTINGS[scale], seed, directory
@@ -116,11 +84,7 @@ class _Experiment:
 
     def _open_suites(self, held: Sequence[Document]) -> dict[str, Suite]:
         path = self.directory / "prompts.jsonl"
-        rows = [
-            {"text": d.text, "label": d.meta["answer"]}
-            for d in _answered(held, self.tokenizer, (PROMPT_TOKENS, PROMPT_TOKENS))
-        ]
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_prompts(answered(held, self.tokenizer, (PROMPT_TOKENS, PROMPT_TOKENS)), path)
         chars = self.setting.eval_chars
         return {
             "domain": BitsSuite(corpus=CorpusRef(name="headwater:networkx"), eval_chars=chars).open("domain"),
@@ -132,22 +96,18 @@ class _Experiment:
 
     def instruct(self, start: Path, name: str) -> Path:
         """``start`` tuned on the prompts and answers."""
-        target = self.directory / name
-        prompts = _answered(self.train, self.tokenizer, TRAIN_TOKENS)
-        texts = [Document(prompt.id, prompt.text + prompt.meta["answer"]) for prompt in prompts]
-        stream = PackedStream(tokenize_documents(texts, self.tokenizer), CONTEXT, self.setting.rows, self.seed)
-        phase = Phase(name, load_model(ModelRef(name=str(start)), "causal"), stream, CausalObjective())
-        trained = fit(
-            phase,
-            budget=Budget(steps=self.setting.instruct_steps),
-            optim=OptimSpec(lr=self.setting.lr),
+        setting = self.setting
+        return tuned_on_answers(
+            start,
+            self.train,
+            self.tokenizer,
+            self.directory / name,
+            context=CONTEXT,
+            rows=setting.rows,
+            steps=setting.instruct_steps,
+            lr=setting.lr,
             seed=self.seed,
-            directory=self.directory / f"{name}-run",
-            settings=FitSettings(precision="fp32"),
         )
-        trained.model.save_pretrained(target)  # type: ignore[operator]  # a Hugging Face model
-        self.tokenizer.save_pretrained(target)
-        return target
 
     def continued(self, start: Path, name: str) -> Path:
         """``start`` continued on networkx."""

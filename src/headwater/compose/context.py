@@ -20,14 +20,14 @@ from headwater.compose.merge import open_part
 from headwater.compose.suites import Score, Suite, retention
 from headwater.core.budget import Meter, count_flops
 from headwater.core.cache import atomic_write_text, cache_dir, cached_json
-from headwater.core.recipe import Metrics, ModelRef
+from headwater.core.recipe import Metrics
 from headwater.core.weights import MergeReport, WeightSource
 from headwater.modalities.models import (
     ModelError,
     head_of,
     load_model,
     load_tokenizer,
-    model_directory,
+    local_directory,
     parameter_fingerprint,
 )
 from headwater.modalities.text.docs import Document, fingerprint
@@ -85,7 +85,7 @@ class CompositionContext:
 
     @cached_property
     def _directories(self) -> dict[str, Path]:
-        return {role: _local(ref) for role, ref in self.recipe.models.items()}
+        return {role: local_directory(ref) for role, ref in self.recipe.models.items()}
 
     def directory(self, role: str) -> Path:
         """The local directory of a part; from the Hub's cache where it is a Hub name."""
@@ -230,22 +230,6 @@ class CompositionContext:
                 raise ModelError(
                     f"{role}: {ref.name!r} is a {head} model; the suites of this stage score causal language models"
                 )
-
-
-def _local(ref: ModelRef) -> Path:
-    directory = model_directory(ref)
-    if ref.kind != "hub":
-        return Path(directory)
-    from huggingface_hub import snapshot_download
-
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-    ]  # no pickle is fetched, nor any other format's weights
-    return Path(snapshot_download(directory, revision=ref.revision, allow_patterns=wanted))
 
 
 def _check_vocabularies(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:

@@ -341,11 +341,22 @@ def _compare_rows(
         rows[name] = replace(rows[name], differences=found[name], standing=standings[name])
 
 
+_LOSSES = frozenset({"cross_entropy", "cer", "wer"})
+"""Figures of a downstream task of which less is better."""
+
+
 def _downstream(rows: Any) -> tuple[Axis, ...]:  # Any: an iterable of rows, as dict.values() gives it
     """The user's tasks, in whatever unit the losses are: higher is better by declaration."""
     names = {metric for row in rows for metric in row.cells if metric.startswith("downstream/")}
     kept = sorted(name for name in names if not name.endswith(("_start", "/gain")))
-    return tuple(Axis(name, name.removeprefix("downstream/").replace("/", ": "), "higher") for name in kept)
+    return tuple(
+        Axis(
+            name,
+            name.removeprefix("downstream/").replace("/", ": "),
+            "lower" if name.rpartition("/")[2] in _LOSSES else "higher",
+        )
+        for name in kept
+    )
 
 
 def _total_cost(results: Sequence[Result], reduce: Any) -> dict[str, float | None]:  # Any: np.sum or np.mean

@@ -148,6 +148,13 @@ class Adaptation:
         """Blocks per optimizer step."""
         return self.recipe.batch_tokens // self.seq_len
 
+    def adopt(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Go over to another tokenizer: streams made, models scored and what is saved from here on are under it.
+
+        The starting model was scored under its own by then. ``start`` still gives that model, over the old vocabulary.
+        """
+        self.tokenizer = tokenizer
+
     def mix(self, parts: Sequence[tuple[Sequence[Document], float]], *, seed: int | None = None) -> BatchStream:
         """An endless, seekable stream that draws from several sets of documents in exact proportion.
 
@@ -253,9 +260,16 @@ class Adaptation:
             facts["data/general_documents"] = float(len(self.general.train))
         return facts
 
-    def save(self, model: nn.Module, run: Run, *, files: Sequence[str] = ()) -> None:
-        """Write ``model/``: weights or adapters, tokenizer, and a README that says how to open them."""
-        target: Path = run.model
+    def save(self, model: nn.Module, run: Run, *, files: Sequence[str] = (), to: Path | None = None) -> None:
+        """Write ``model/``: weights or adapters, tokenizer, and a README that says how to open them.
+
+        Args:
+            model: a Hugging Face or PEFT model.
+            run: whose ``model/`` it is.
+            files: further files of the run directory, named in the README.
+            to: another directory.
+        """
+        target: Path = run.model if to is None else to
         model.save_pretrained(target)  # type: ignore[operator]  # every Hugging Face and PEFT model has it
         self.tokenizer.save_pretrained(target)
         adapters = (target / "adapter_config.json").exists()

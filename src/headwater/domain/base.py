@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 
 from headwater.core.budget import GivenBudget
@@ -27,16 +27,37 @@ from headwater.domain.evaluation import Evaluation
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["FAMILY", "Adapted", "ContinuedPretraining", "ProbeTask"]
+__all__ = ["FAMILY", "Adapted", "AnswerTask", "ContinuedPretraining", "ProbeTask"]
 
 
 class ProbeTask(Spec):
     """A labelled task scored before and after by a linear probe on frozen features."""
 
+    kind: Literal["probe"] = Field(default="probe", description="figure: accuracy of a probe on frozen features")
     name: Name = Field(description="name in the metrics: downstream/NAME/accuracy")
     data: DataRef = Field(description="texts and labels")
     num_labels: int = Field(default=200, gt=1, description="labelled texts that the probe is fitted on")
     draws: int = Field(default=5, gt=0, description="independent draws of those labels; the mean is reported")
+
+
+class AnswerTask(Spec):
+    """Prompts with one right answer out of those that occur, scored before and after as they stand."""
+
+    kind: Literal["answers"] = Field(default="answers", description="figures: accuracy, exact, form, cross_entropy")
+    name: Name = Field(description="name in the metrics: downstream/NAME/accuracy")
+    data: DataRef = Field(
+        description="held-out prompts (`input_field`) and answers (`label_field`); a space between them is the answer's"
+    )
+
+
+def _kind(task: Any) -> str:  # Any: a task or unread YAML
+    return str(task.get("kind", "probe") if isinstance(task, dict) else getattr(task, "kind", "probe"))
+
+
+DownstreamTask = Annotated[
+    Annotated[ProbeTask, Tag("probe")] | Annotated[AnswerTask, Tag("answers")], Discriminator(_kind)
+]
+"""A task in a recipe; without a ``kind`` it is a probe."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,9 @@ class ContinuedPretraining(Recipe):
     general: CorpusRef | None = Field(
         default=None, description="texts that must not be forgotten; without them forgetting is not measured"
     )
-    downstream: tuple[ProbeTask, ...] = Field(default=(), description="labelled tasks scored before and after")
+    downstream: tuple[DownstreamTask, ...] = Field(
+        default=(), description="labelled tasks scored before and after: by a probe, or by the answers given"
+    )
     objective: Literal["auto", "causal", "masked"] = Field(
         default="auto", description="what is predicted; `auto` reads it off the model's architecture"
     )

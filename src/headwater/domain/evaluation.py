@@ -19,10 +19,11 @@ from headwater.core.rng import derive_seed
 from headwater.domain.adaptation import Adaptation
 from headwater.domain.corpus import MIN_HELD_OUT_DOCUMENTS
 from headwater.domain.gap import gap
+from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import Document, fingerprint
 from headwater.modalities.text.ledger import ledger, ledger_metrics
 from headwater.modalities.text.prepared import held_out_sample
-from headwater.modalities.text.score import Scored, bits_per_byte, linear_probe, masked_bits
+from headwater.modalities.text.score import Scored, bits_per_byte, choice_scores, linear_probe, masked_bits
 from headwater.modalities.text.sources import open_labelled
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Evaluation:
             self.valid["general"] = _first(prepared.general.valid or prepared.general.train)
         self.sub = {role: _excerpts(documents) for role, documents in self.valid.items()}
         self.tasks = {task.name: open_labelled(task.data, role=f"downstream {task.name}") for task in recipe.downstream}
+        if ctx.head != "causal" and (asked := self._named("answers")):
+            raise ModelError(
+                f"downstream {asked[0]}: answers are asked of a causal model, and {recipe.model.name!r} is a "
+                f"{ctx.head} one; use a task of kind probe"
+            )
         self.trajectory: dict[str, list[tuple[float, float]]] = {}
         self._tokens_before = 0.0
         unit = "bits/byte" if ctx.head == "causal" else "bits/masked token"
@@ -87,9 +93,32 @@ class Evaluation:
         return {
             "items": {role: [s.nats.tolist(), s.counts.tolist()] for role, s in scored.items()},
             "valid": valid,
-            "probe": {name: self._probe(model, name).tolist() for name in self.tasks},
+            "probe": {name: self._probe(model, name).tolist() for name in self._named("probe")},
+            "answers": {name: self._answers(model, name) for name in self._named("answers")},
             "ledger": self._ledger(model),
         }
+
+    def _named(self, kind: str) -> list[str]:
+        return [task.name for task in self.recipe.downstream if task.kind == kind]
+
+    def _answers(self, model: nn.Module, name: str) -> dict[str, float]:
+        prompts, answers = self.tasks[name]
+        labels = sorted(set(answers))
+        scored = choice_scores(
+            cast(Any, model),  # Any: see _score
+            self.ctx.tokenizer,
+            prompts,
+            [labels.index(answer) for answer in answers],
+            labels,
+            window=self.ctx.seq_len,
+        )
+        figures = {
+            "accuracy": scored.accuracy,
+            "exact": scored.exact,
+            "form": scored.form,
+            "cross_entropy": scored.cross_entropy,
+        }
+        return {what: float(values.mean()) for what, values in figures.items()}
 
     def _ledger(self, model: nn.Module) -> dict[str, float]:
         if self.ctx.head != "causal":
@@ -106,6 +135,7 @@ class Evaluation:
     def _probe(self, model: nn.Module, name: str) -> NDArray[np.float64]:
         texts, labels = self.tasks[name]
         task = next(task for task in self.recipe.downstream if task.name == name)
+        assert task.kind == "probe"
         seeds = [derive_seed(0, "probe", name, draw) % 2**32 for draw in range(task.draws)]
         probe = linear_probe(
             cast(Any, model),
@@ -155,7 +185,11 @@ class Evaluation:
         if "general" in self.test:
             metrics["valid/general_forgetting"] = end["valid"]["general"] - self.start["valid"]["general"]
             metrics |= self._worst()
-        for name in self.tasks:
+        for name in self._named("answers"):
+            for what, value in end["answers"][name].items():
+                metrics[f"downstream/{name}/{what}_start"] = self.start["answers"][name][what]
+                metrics[f"downstream/{name}/{what}"] = value
+        for name in self._named("probe"):
             first, last = np.array(self.start["probe"][name]), np.array(end["probe"][name])
             metrics |= {
                 f"downstream/{name}/accuracy_start": float(first.mean()),

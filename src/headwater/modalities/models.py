@@ -27,6 +27,7 @@ __all__ = [
     "load_encoder",
     "load_model",
     "load_tokenizer",
+    "local_directory",
     "model_directory",
     "parameter_fingerprint",
 ]
@@ -77,6 +78,27 @@ def model_directory(ref: ModelRef) -> str:
             "Convert a file you trust: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
         )
     return str(path)
+
+
+def local_directory(ref: ModelRef) -> Path:
+    """Where a model's files are on this machine; those of a Hub name in the Hub's cache, fetched if need be.
+
+    Raises:
+        ModelError: see ``model_directory``.
+    """
+    directory = model_directory(ref)
+    if ref.kind != "hub":
+        return Path(directory)
+    from huggingface_hub import snapshot_download
+
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+    ]  # no pickle is fetched, nor any other format's weights
+    return Path(snapshot_download(directory, revision=ref.revision, allow_patterns=wanted))
 
 
 def head_of(ref: ModelRef) -> Head:
