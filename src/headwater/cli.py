@@ -150,16 +150,34 @@ def run(
 
 @app.command()
 def compare(
-    comparison: Annotated[Path, typer.Argument(help="A comparison in YAML.")],
+    comparison: Annotated[Path, typer.Argument(help="A comparison in YAML, or the name of one that comes with it.")],
     out: Out,
     overrides: Set = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Run so many seeds, counted from 0.")] = None,
 ) -> None:
-    """Run several methods at equal budget over seeds, and write the leaderboard and report."""
+    """Run several methods at equal budget over seeds, and write the leaderboard and report.
+
+    `headwater compare domain` runs every way of taking a model to a domain; `--set shared.model=DIR` and the like put
+    your own model and text in.
+    """
     from headwater.core.compare import Comparison
 
+    changes = [*(overrides or []), *_seed_override(seeds)]
+    named = comparison.name == str(comparison) and not comparison.is_file()
+    shipped = _shipped(comparison.name) if named else None
     with _logging():
-        _compare(Comparison.load(comparison, [*(overrides or []), *_seed_override(seeds)]), out)
+        if shipped is None:
+            _compare(Comparison.load(comparison, changes), out)
+        else:
+            _compare(Comparison.parse(shipped, changes, source=f"{comparison}.yaml"), out)
+
+
+def _shipped(name: str) -> str | None:
+    """The text of the comparison of this name that comes with the package; None if there is none."""
+    from importlib import resources
+
+    file = resources.files("headwater").joinpath("comparisons", f"{name}.yaml")
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 @app.command()
@@ -173,9 +191,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Half of every contestant's steps.")] = False,
 ) -> None:
     """Compare ways of teaching a small general model about networkx, on data that is already here."""
-    from importlib import resources
-
-    text = resources.files("headwater").joinpath("comparisons/demo.yaml").read_text(encoding="utf-8")
+    text = _shipped("demo")
+    assert text is not None
     if write is not None:
         if write.exists():
             raise ValueError(f"{write} exists; give another name, so that nothing is overwritten")
