@@ -205,6 +205,20 @@ def emulated_fields(compose_fields: dict[str, dict[str, object]]) -> dict[str, o
 
 
 @pytest.fixture(scope="session")
+def localization_fields(compose_fields: dict[str, object], corpora: dict[str, Path]) -> dict[str, object]:
+    """The same models, and texts on which to find out what carries their skills."""
+    return {
+        **compose_fields,
+        "data": {"domain": str(corpora["domain"]), "instruct": str(corpora["general"])},
+        "sparsity": [0.01, 0.1],
+        "steps": 3,
+        "seq_len": 32,
+        "batch_tokens": 256,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
 def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
     """Fields that make any recipe of the stage ``efficient`` run in about a second."""
     return {

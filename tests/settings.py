@@ -153,6 +153,7 @@ METHODS: dict[str, Setting] = {
         opens=runs_the_code_of_its_readme,
         unseeded=frozenset({"emulated_finetuning"}),
     ),
+    "skill_localization": Setting(fixture="localization_fields", opens=opens_as_language_model),
 }
 """Methods whose fields or results have another form than their family's."""
 

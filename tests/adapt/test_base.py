@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestCentroid
 
 from headwater.adapt.base import FAMILY, AdaptRecipe, HeadRecipe, head_arrays
 from headwater.adapt.data import Examples, TaskData, encode_task, read_task
-from headwater.adapt.metrics import calibration_error, evaluate
+from headwater.adapt.metrics import evaluate
 from headwater.adapt.references import STRENGTHS, NearestMean, SklearnHead, cross_validated_logistic_regression
 from headwater.core.leak import TestLeak
 from headwater.core.recipe import DataRef, ModelRef, RecipeError
@@ -193,23 +193,6 @@ def test_rejects_data_that_do_not_fit(changes, words):
 
 
 # Metrics.
-
-
-def test_equation_calibration_error_by_hand():
-    # Three bins. (0, 1/3]: 0.2 right; (1/3, 2/3]: 0.5 wrong and 0.6 right; (2/3, 1]: 0.9 right.
-    # |1 - 0.2| 1/4 + |1/2 - 0.55| 2/4 + |1 - 0.9| 1/4 = 0.2 + 0.025 + 0.025
-    error = calibration_error(np.array([0.2, 0.5, 0.6, 0.9]), np.array([True, False, True, True]), bins=3)
-    assert error == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("confidence", [0.0, 1.0])
-def test_degenerate_confidence_at_the_ends_has_a_bin(confidence):
-    assert calibration_error(np.array([confidence]), np.array([True])) == 1 - confidence
-
-
-def test_rejects_calibration_of_nothing():
-    with pytest.raises(ValueError, match="must be paired"):
-        calibration_error(np.array([]), np.array([], dtype=bool))
 
 
 def test_oracle_metrics_equal_those_of_scikit_learn():

@@ -14,6 +14,7 @@ from headwater.core.stats import (
     _crossed_draws,
     aurc,
     bootstrap_interval,
+    calibration_error,
     correlation,
     expected_calibration_error,
     holm,
@@ -280,16 +281,30 @@ def test_rejects_risk_of_unpaired_input():
         risk_coverage([1.0, 2.0], [1.0])
 
 
-def test_equation_of_calibration_error():
-    # Bins (0, .5] and (.5, 1]: |0.5 - 0.4| of two, |2/3 - 0.8| of three.
-    found = expected_calibration_error([0.3, 0.5, 0.7, 0.8, 0.9], [0, 1, 1, 0, 1], bins=2)
-    assert found == pytest.approx((2 * 0.1 + 3 * (0.8 - 2 / 3)) / 5)
+def test_equation_calibration_error_by_hand():
+    # Three bins. (0, 1/3]: 0.2 right; (1/3, 2/3]: 0.5 wrong and 0.6 right; (2/3, 1]: 0.9 right.
+    # |1 - 0.2| 1/4 + |1/2 - 0.55| 2/4 + |1 - 0.9| 1/4 = 0.2 + 0.025 + 0.025
+    error = calibration_error(np.array([0.2, 0.5, 0.6, 0.9]), np.array([True, False, True, True]), bins=3)
+    assert error == pytest.approx(0.25)
 
 
-def test_degenerate_calibration_at_the_ends():
-    assert expected_calibration_error([0.0, 1.0], [0, 1]) == 0
-    assert expected_calibration_error([0.0, 1.0], [1, 0]) == 1
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        expected_calibration_error([1.2], [1])
-    with pytest.raises(ValueError, match="one length"):
-        expected_calibration_error([0.2, 0.1], [1])
+@pytest.mark.parametrize("confidence", [0.0, 1.0])
+def test_degenerate_confidence_at_the_ends_has_a_bin(confidence):
+    assert calibration_error(np.array([confidence]), np.array([True])) == 1 - confidence
+
+
+def test_rejects_calibration_of_nothing():
+    with pytest.raises(ValueError, match="must be paired"):
+        calibration_error(np.array([]), np.array([], dtype=bool))
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\]; it goes from 0.5 to 1.5"):
+        calibration_error([0.5, 1.5], [True, True])
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        calibration_error([0.5], [True], bins=0)
+
+
+def test_equation_expected_calibration_error_is_of_the_likeliest_class():
+    # Confidences .8 (right), .7 (wrong), .6 (right); two bins: all in the upper one. |2/3 - .7| = 1/30
+    probs = [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6]]
+    assert expected_calibration_error(probs, [0, 2, 2], bins=2) == pytest.approx(1 / 30)
+    with pytest.raises(ValueError, match=r"shapes \(3, 3\) and \(2,\)"):
+        expected_calibration_error(probs, [0, 2])

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
 from headwater.adapt.arrays import log_softmax
+from headwater.core.stats import calibration_error
 
-__all__ = ["BINS", "calibration_error", "evaluate"]
+__all__ = ["BINS", "evaluate"]
 
 BINS = 15
 
@@ -37,24 +38,5 @@ def evaluate(scores: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, float
         "accuracy": float(correct.mean()),
         "macro_f1": float(f1_score(labels, answers, average="macro")),
         "nll": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        "ece": calibration_error(np.exp(log_probabilities.max(1)), correct),
+        "ece": calibration_error(np.exp(log_probabilities.max(1)), correct, BINS),
     }
-
-
-def calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = BINS) -> float:
-    """Expected calibration error.
-
-    Args:
-        confidence: probability of the answer, ``(n,)``, in [0, 1]; a value on a border belongs to the bin below.
-        correct: whether the answer was right, ``(n,)``.
-        bins: of equal width.
-
-    Raises:
-        ValueError: empty, or of different lengths.
-    """
-    if confidence.shape != correct.shape or confidence.ndim != 1 or not len(confidence):
-        raise ValueError(f"confidence and correct must be paired; got shapes {confidence.shape} and {correct.shape}.")
-    # Bins are (b - 1, b] / bins; a confidence of 0 joins the first.
-    at = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gap = np.bincount(at, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(confidence))

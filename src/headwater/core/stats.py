@@ -7,7 +7,8 @@ nothing.
 Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993 (percentile intervals); Owen, "The pigeonhole
 bootstrap", arXiv:0712.1111 (crossed seeds and items); Holm, "A Simple Sequentially Rejective Multiple Test Procedure",
 1979; Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", arXiv:1805.08206
-(risk-coverage curve); Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599 (calibration error).
+(risk-coverage curve); Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, eq. 3 (expected
+calibration error).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "RiskCoverage",
     "aurc",
     "bootstrap_interval",
+    "calibration_error",
     "correlation",
     "expected_calibration_error",
     "holm",
@@ -416,26 +418,43 @@ def aurc(confidence: ArrayLike, loss: ArrayLike) -> float:
     return float(risk_coverage(confidence, loss).risk.mean())
 
 
-def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> float:
-    """How far confidence is from accuracy, over bins of equal width.
-
-        ECE = sum over bins of |B| / n * |accuracy(B) - mean confidence(B)|
+def calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error: sum over bins of ``n_b / n |accuracy_b - confidence_b|``.
 
     Args:
-        confidence: ``(n,)``, probability that was given to the chosen answer, in [0, 1].
-        correct: ``(n,)``, whether that answer was right.
-        bins: of equal width on [0, 1], each without its lower end; 0 is in the first.
+        confidence: probability of the answer, ``(n,)``, in [0, 1]; a value on a border belongs to the bin below.
+        correct: whether the answer was right, ``(n,)``.
+        bins: of equal width.
 
     Raises:
-        ValueError: shapes differ, nothing to judge, a probability outside [0, 1], or no bin.
-
-    Source: Guo et al., arXiv:1706.04599, equation 3.
+        ValueError: empty, of different lengths, outside [0, 1], or less than one bin.
     """
-    p, right = _array("confidence", confidence), _array("correct", correct)
-    if p.shape != right.shape or not len(p):
-        raise ValueError(f"confidence and correct must be of one length >= 1; got {p.shape} and {right.shape}.")
-    if p.min() < 0 or p.max() > 1 or bins < 1:
-        raise ValueError(f"confidence must lie in [0, 1] and bins be >= 1; got [{p.min()}, {p.max()}] and {bins}.")
-    bin_of = np.clip(np.ceil(p * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=right - p, minlength=bins)
-    return float(np.abs(gaps).sum() / len(p))
+    sureness, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if sureness.shape != right.shape or sureness.ndim != 1 or not sureness.size:
+        raise ValueError(f"confidence and correct must be paired; got shapes {sureness.shape} and {right.shape}.")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1; got {bins}.")
+    # Probabilities summed in float32 may pass 1 by a rounding error.
+    if not ((sureness >= 0) & (sureness <= 1 + 1e-6)).all():
+        raise ValueError(f"confidence must be in [0, 1]; it goes from {sureness.min()} to {sureness.max()}.")
+    # Bins are (b - 1, b] / bins; a confidence of 0 joins the first.
+    at = np.clip(np.ceil(sureness * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(at, weights=right - sureness, minlength=bins)
+    return float(np.abs(gap).sum() / sureness.size)
+
+
+def expected_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> float:
+    """``calibration_error`` of the likeliest class.
+
+    Args:
+        probs: ``(n, classes)``, rows summing to 1.
+        labels: class indices, ``(n,)``.
+        bins: of equal width.
+
+    Raises:
+        ValueError: as ``calibration_error``, or shapes that do not fit.
+    """
+    table, classes = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if table.ndim != 2 or table.shape[:1] != classes.shape:
+        raise ValueError(f"probs must be (n, classes) and labels (n,); got shapes {table.shape} and {classes.shape}.")
+    return calibration_error(table.max(axis=1), table.argmax(axis=1) == classes, bins)

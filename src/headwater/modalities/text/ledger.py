@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwater.core.rng import numpy_generator
-from headwater.core.stats import expected_calibration_error
+from headwater.core.stats import calibration_error
 from headwater.modalities.text.checks import PROMPTS, followed
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.score import bits_per_byte, position_limit, scoring, start_token
@@ -106,7 +106,7 @@ def ledger(
             found[name] = float(np.mean([each.mean() for each in right]))
     if general:
         confidence, correct = _next_tokens(model, tokenizer, _beginnings(general), window, batch_size)
-        found["calibration"] = expected_calibration_error(confidence, correct, bins=BINS)
+        found["calibration"] = calibration_error(confidence, correct, BINS)
     if tokenizer.chat_template is not None:
         found["instruction"] = _instructions(model, tokenizer, window)
     return found
