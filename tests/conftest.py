@@ -21,6 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SYLLABLES = {
     "domain": ["graph", "node", "edge", "path", "tree", "flow", "cut"],
     "general": ["sum", "mean", "row", "axis", "sort", "fill", "cast"],
+    "music": ["note", "chord", "key", "bar", "beat", "flat", "tune"],
+    "garden": ["leaf", "root", "tree", "seed", "path", "moss", "bloom"],
 }
 
 
@@ -93,6 +95,22 @@ def domain_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obje
         "eval_at": [0.0, 0.5, 1.0],
         "eval_chars": 5_000,
         "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def stream_fields(domain_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make a sequence of three domains run in about two seconds."""
+    root = tmp_path_factory.mktemp("stream")
+    domains = {kind: str(write_corpus(root / f"{kind}.jsonl", kind, 210)) for kind in ("music", "garden")}
+    shared = {name: value for name, value in domain_fields.items() if name != "domain"}
+    return {
+        **shared,
+        "domains": {"graphs": domain_fields["domain"], **domains},
+        "embedding": "tfidf",
+        "seq_len": 64,
+        "eval_at": [0.0, 1.0],
+        "budget": {"steps": 9},
     }
 
 

@@ -148,6 +148,7 @@ FAMILIES: dict[str, Setting] = {
 
 METHODS: dict[str, Setting] = {
     "instruction_balance": Setting(fixture="instruction_balance_fields", opens=opens_as_language_model),
+    "domain_stream": Setting(fixture="stream_fields", opens=opens_as_language_model),
     "emulated_finetuning": Setting(
         fixture="emulated_fields",
         opens=runs_the_code_of_its_readme,

@@ -64,7 +64,7 @@ def test_property_the_entry_and_the_recipe_agree(entry: Entry) -> None:
     assert entry.needs
     assert entry.gives
     assert entry.modality
-    assert len(cls.__mro__) - len(Recipe.__mro__) <= 3, "at most Recipe -> family -> (narrower family) -> method"
+    assert len(cls.__mro__) - len(Recipe.__mro__) <= 4, "at most Recipe -> stage -> family -> narrower one -> method"
 
 
 @every_method

@@ -20,7 +20,16 @@ import toy_family  # tests are imported by path
 
 from headwater.core.compare import Comparison, compare
 from headwater.core.family import Axis
-from headwater.core.figures import Point, front_svg, in_view, printable, short_count, trajectory_svg
+from headwater.core.figures import (
+    Point,
+    front_svg,
+    heat_map_svg,
+    in_view,
+    printable,
+    short_count,
+    standalone,
+    trajectory_svg,
+)
 from headwater.core.report import write_report
 from headwater.core.trajectory import mean_and_range
 from headwater.core.yamlio import dump_yaml
@@ -284,6 +293,17 @@ def test_degenerate_figures_of_one_point_and_of_constant_lines() -> None:
     x, y = Axis("p", "Price", "lower"), Axis("g", "Gain", "higher")
     ElementTree.fromstring(front_svg([Point("a", (None, 0.0, None), (None, 0.0, None), None, "undecided")], x, y, None))
     ElementTree.fromstring(trajectory_svg({"a": (0, [[[0, 1.0], [0, 1.0]]])}, "steps", y, "t"))
+
+
+def test_property_a_heat_map_alone_has_every_name_and_number_and_no_variable() -> None:
+    axis = Axis("g", "Gain", "higher", "bits/byte")
+    svg = standalone(heat_map_svg([[0.25, -1.5], [0.0, 3.0]], ["after <a>", "after b"], ["<a>", "b"], axis, "m"))
+    words = {node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+    assert {"after <a>", "after b", "<a>", "b", "0.250", "-1.500", "0.000", "3.000"} <= words
+    assert "var(" not in svg
+    assert "#1f6f8b" in svg, "above 0"
+    assert "#c4572c" in svg, "below 0"
+    ElementTree.fromstring(heat_map_svg([[0.0] * 21], ["a"], [str(i) for i in range(21)], axis, "m"))
 
 
 def test_property_every_name_stands_once_in_a_crowded_front() -> None:

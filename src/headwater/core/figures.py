@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-__all__ = ["SERIES", "Point", "front_svg", "in_view", "printable", "short_count", "trajectory_svg"]
+__all__ = [
+    "SERIES",
+    "Point",
+    "front_svg",
+    "heat_map_svg",
+    "in_view",
+    "printable",
+    "short_count",
+    "standalone",
+    "trajectory_svg",
+]
 
 SERIES = 8
 """Colours that the page defines for lines, ``--s0`` to ``--s7``; a ninth line is dashed in the first again."""
@@ -28,6 +38,11 @@ SERIES = 8
 _INK, _SOFT, _RULE, _PAPER, _ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {_INK: "--ink", _SOFT: "--soft", _RULE: "--rule", _PAPER: "--paper", _ACCENT: "--accent"}
 _LINES = [f"#0601{index:02d}" for index in range(SERIES)]
+
+# For a figure outside of a page: the page's light colours.
+_LIGHT = {"--ink": "#1b1f24", "--soft": "#69717c", "--rule": "#e3e6ea", "--paper": "#ffffff", "--accent": "#1f6f8b"}
+_LIGHT |= {"--s0": "#1f6f8b", "--s1": "#c4572c", "--s2": "#4d8a3c", "--s3": "#8a4fa3"}
+_LIGHT |= {"--s4": "#a67c00", "--s5": "#c2407a", "--s6": "#4b62b8", "--s7": "#6b6f76"}
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -232,6 +247,45 @@ def trajectory_svg(
             axes, {row: (c.x[-1], c.mean[-1]) for row, c in ends.items()}, {r: n for r, (n, _) in curves.items()}
         )
         return _svg(figure, name, f"{y.label} against {x}")
+
+
+def heat_map_svg(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], axis: Axis, name: str
+) -> Markup:
+    """A table of numbers with both signs: one colour above 0, another below, the deeper the larger.
+
+    Args:
+        values: ``(rows, columns)``, finite; written into the cells where there are at most 20 columns.
+        rows: their names, at least one.
+        columns: their names, at least one.
+        axis: what the values are.
+        name: short, unique in the page.
+    """
+    from matplotlib.patches import Rectangle
+
+    with _style():
+        figure, axes = _canvas(2.4 + 0.62 * min(len(columns), 20), 1.4 + 0.32 * min(len(rows), 40))
+        largest = max(abs(value) for row in values for value in row) or 1.0
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                colour = _LINES[0] if value >= 0 else _LINES[1]
+                shade = 0.8 * abs(value) / largest
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=shade, linewidth=0))
+                if len(columns) <= 20:
+                    axes.text(x, y, format(value, axis.format), ha="center", va="center", fontsize=8)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(columns)), [printable(c) for c in columns], rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), [printable(r) for r in rows])
+        axes.set_title(f"{_title(axis)}  ({axis.better} is better)", fontsize=9, color=_INK)
+        return _svg(figure, name, f"{axis.label}: {len(rows)} rows, {len(columns)} columns")
+
+
+def standalone(figure: Markup) -> str:
+    """A figure as the text of an SVG file: what the page gives it, colours in their light form, written out."""
+    text = re.sub(r"var\((--\w+)\)", lambda found: _LIGHT[found[1]], str(figure))
+    return text.replace("<svg ", '<svg style="background: #ffffff; font-family: sans-serif" ', 1) + "\n"
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], numbers: Mapping[str, int]) -> None:

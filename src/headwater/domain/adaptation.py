@@ -39,7 +39,7 @@ from headwater.modalities.text.score import bits_per_byte
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
-    from headwater.domain.base import ContinuedPretraining
+    from headwater.domain.base import Continuation, ContinuedPretraining
 
 __all__ = ["Adaptation"]
 
@@ -62,7 +62,7 @@ class Adaptation:
         meter: everything that runs under it is charged to the budget.
     """
 
-    recipe: ContinuedPretraining
+    recipe: Continuation
     prepared: Prepared
     tokenizer: PreTrainedTokenizerBase
     head: Literal["causal", "masked"]
@@ -78,8 +78,17 @@ class Adaptation:
             CorpusError: see ``prepare``.
             ModelError: the model and the objective do not fit, or the context is too short for ``seq_len``.
         """
+        _head(recipe)  # refused before the corpora are read
+        return cls.of(recipe, prepare(recipe.domain, recipe.general, held_out=recipe.held_out), run)
+
+    @classmethod
+    def of(cls, recipe: Continuation, prepared: Prepared, run: Run) -> Adaptation:
+        """As ``open``, with corpora that are ready.
+
+        Raises:
+            ModelError: see ``open``.
+        """
         head = _head(recipe)
-        prepared = prepare(recipe.domain, recipe.general, held_out=recipe.held_out)
         for role, found in prepared.fingerprints.items():
             run.record_data(role, found)
         ctx = cls(recipe, prepared, load_tokenizer(recipe.model), head, 0, Meter(), run)
@@ -260,13 +269,16 @@ class Adaptation:
             facts["data/general_documents"] = float(len(self.general.train))
         return facts
 
-    def save(self, model: nn.Module, run: Run, *, files: Sequence[str] = (), to: Path | None = None) -> None:
+    def save(
+        self, model: nn.Module, run: Run, *, files: Sequence[str] = (), read: str | None = None, to: Path | None = None
+    ) -> None:
         """Write ``model/``: weights or adapters, tokenizer, and a README that says how to open them.
 
         Args:
             model: a Hugging Face or PEFT model.
             run: whose ``model/`` it is.
             files: further files of the run directory, named in the README.
+            read: what the model was continued on, for the README; the domain's name by default.
             to: another directory.
         """
         target: Path = run.model if to is None else to
@@ -284,7 +296,7 @@ class Adaptation:
         lines = [
             f"# {self.recipe.id}",
             "",
-            f"Continued from `{self.recipe.model.name}` on `{self.recipe.domain.name}`.",
+            f"Continued from `{self.recipe.model.name}` on {read or f'`{self.prepared.name}`'}.",
             "",
         ]
         lines += ["```python", opening, "```", ""]
@@ -293,7 +305,7 @@ class Adaptation:
         atomic_write_text(target / "README.md", "\n".join(lines))
 
 
-def _head(recipe: ContinuedPretraining) -> Literal["causal", "masked"]:
+def _head(recipe: Continuation) -> Literal["causal", "masked"]:
     found = head_of(recipe.model)
     wanted = found if recipe.objective == "auto" else recipe.objective
     if found not in ("causal", "masked"):
@@ -307,7 +319,7 @@ def _head(recipe: ContinuedPretraining) -> Literal["causal", "masked"]:
     return found
 
 
-def _seq_len(recipe: ContinuedPretraining, model: nn.Module) -> int:
+def _seq_len(recipe: Continuation, model: nn.Module) -> int:
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if recipe.seq_len is not None and limit is not None and recipe.seq_len > limit:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
@@ -27,7 +27,7 @@ from headwater.domain.evaluation import Evaluation
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["FAMILY", "Adapted", "AnswerTask", "ContinuedPretraining", "ProbeTask"]
+__all__ = ["FAMILY", "Adapted", "AnswerTask", "Continuation", "ContinuedPretraining", "ProbeTask"]
 
 
 class ProbeTask(Spec):
@@ -75,11 +75,10 @@ class Adapted:
     notes: tuple[tuple[str, str], ...] = ()
 
 
-class ContinuedPretraining(Recipe):
-    """Family of the stage ``domain``: one hook, ``phases``."""
+class Continuation(Recipe):
+    """What every recipe of the stage shares, whether it adapts to one domain or to several."""
 
     model: ModelRef = Field(description="the model to start from: Hub name, local directory or builtin")
-    domain: CorpusRef = Field(description="texts to adapt to; split into train, validation and test by document")
     general: CorpusRef | None = Field(
         default=None, description="texts that must not be forgotten; without them forgetting is not measured"
     )
@@ -117,12 +116,18 @@ class ContinuedPretraining(Recipe):
     )
 
     @model_validator(mode="after")
-    def _replay_has_source(self) -> ContinuedPretraining:
+    def _replay_has_source(self) -> Self:
         if self.replay > 0 and self.general is None:
             raise ValueError(
                 f"replay is {self.replay} but there is no general corpus to replay; give `general`, or replay: 0"
             )
         return self
+
+
+class ContinuedPretraining(Continuation):
+    """Family of the stage ``domain``: one hook, ``phases``."""
+
+    domain: CorpusRef = Field(description="texts to adapt to; split into train, validation and test by document")
 
     @abstractmethod
     def phases(self, ctx: Adaptation) -> Generator[Phase, Trained, Adapted]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from headwater.core.fit import Phase, Trained
 from headwater.core.recipe import Metrics
 from headwater.core.rng import derive_seed
 from headwater.domain.adaptation import Adaptation
-from headwater.domain.corpus import MIN_HELD_OUT_DOCUMENTS
+from headwater.domain.corpus import MIN_HELD_OUT_DOCUMENTS, Prepared
 from headwater.domain.gap import gap
 from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import Document, fingerprint
@@ -28,7 +28,7 @@ from headwater.modalities.text.sources import open_labelled
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
-    from headwater.domain.base import ContinuedPretraining
+    from headwater.domain.base import Continuation
 
 __all__ = ["Evaluation"]
 
@@ -37,6 +37,7 @@ MIDWAY_DOCUMENT_CHARS = 1_000
 VALIDATION_CHARS = 100_000
 LEDGER_CHARS = 40_000
 COMPLETION_TOKENS = 40
+_GAINED = {"domain": "domain/gain", "general": "general/forgetting"}
 
 
 class Evaluation:
@@ -44,21 +45,35 @@ class Evaluation:
 
     The final figures are on the test documents, whole; figures on the way are on one fixed subsample of the
     validation documents; ``valid/...`` is what hyperparameters may be chosen by.
+
+    Args:
+        recipe: what runs.
+        ctx: of the run.
+        run: where files go.
+        domains: by role, where there are several: the figures of the domain are means over them. The context's one
+            domain by default.
     """
 
-    def __init__(self, recipe: ContinuedPretraining, ctx: Adaptation, run: Run) -> None:
+    def __init__(
+        self, recipe: Continuation, ctx: Adaptation, run: Run, domains: Mapping[str, Prepared] | None = None
+    ) -> None:
         self.recipe, self.ctx, self.run = recipe, ctx, run
         prepared = ctx.prepared
+        parts = {"domain": prepared} if domains is None else domains
+        self.domains = tuple(parts)
         self.test = {
-            "domain": held_out_sample(prepared.domain_test, recipe.eval_chars, at_least=MIN_HELD_OUT_DOCUMENTS)
+            role: held_out_sample(part.domain_test, recipe.eval_chars, at_least=MIN_HELD_OUT_DOCUMENTS)
+            for role, part in parts.items()
         }
-        self.valid = {"domain": _first(prepared.domain.valid or prepared.domain.train)}
+        self.valid = {role: _first(part.domain.valid or part.domain.train, len(parts)) for role, part in parts.items()}
         if prepared.general is not None:
             self.test["general"] = held_out_sample(
                 prepared.general_test, recipe.eval_chars, at_least=MIN_HELD_OUT_DOCUMENTS
             )
             self.valid["general"] = _first(prepared.general.valid or prepared.general.train)
-        self.sub = {role: _excerpts(documents) for role, documents in self.valid.items()}
+        self.sub = {
+            role: _excerpts(documents, 1 if role == "general" else len(parts)) for role, documents in self.valid.items()
+        }
         self.tasks = {task.name: open_labelled(task.data, role=f"downstream {task.name}") for task in recipe.downstream}
         if ctx.head != "causal" and (asked := self._named("answers")):
             raise ModelError(
@@ -87,11 +102,19 @@ class Evaluation:
         if self.recipe.prompts:
             self._samples = [{"model": "before", **sample} for sample in self._complete(self.ctx.start(lora=False))]
 
-    def _score_all(self, model: nn.Module) -> dict[str, Any]:  # Any: JSON data
-        scored = {role: self._score(model, documents) for role, documents in self.test.items()}
+    def score_tests(self, model: nn.Module) -> dict[str, Any]:  # Any: JSON data
+        """By role, nats and numbers of units of each test document."""
+        return {role: self.score_test(model, role) for role in self.test}
+
+    def score_test(self, model: nn.Module, role: str) -> list[list[float]]:
+        """Nats and numbers of units of each test document of one role."""
+        scored = self._score(model, self.test[role])
+        return [scored.nats.tolist(), scored.counts.tolist()]
+
+    def _score_all(self, model: nn.Module, items: dict[str, Any] | None = None) -> dict[str, Any]:  # Any: JSON data
         valid = {role: self._score(model, documents).bits_per_unit for role, documents in self.valid.items()}
         return {
-            "items": {role: [s.nats.tolist(), s.counts.tolist()] for role, s in scored.items()},
+            "items": self.score_tests(model) if items is None else items,
             "valid": valid,
             "probe": {name: self._probe(model, name).tolist() for name in self._named("probe")},
             "answers": {name: self._answers(model, name) for name in self._named("answers")},
@@ -150,7 +173,9 @@ class Evaluation:
 
     def midway(self, model: nn.Module) -> dict[str, float]:
         """Bits per unit on the fixed subsample; what ``fit`` calls at ``eval_at``."""
-        return {f"{role}/bpb": self._score(model, documents).bits_per_unit for role, documents in self.sub.items()}
+        found = {role: self._score(model, documents).bits_per_unit for role, documents in self.sub.items()}
+        means = {"domain/bpb": float(np.mean([found[role] for role in self.domains]))}
+        return means | ({"general/bpb": found["general"]} if "general" in found else {})
 
     def add_trajectory(self, phase: Phase, trained: Trained) -> None:
         """Append a phase's trajectory, its tokens counted from the beginning of the run."""
@@ -162,26 +187,21 @@ class Evaluation:
                     series.append((tokens, value))
         self._tokens_before += trained.tokens
 
-    def after(self, model: nn.Module) -> Metrics:
-        """Score the adapted model, write the run's files, and return the metrics."""
+    def after(self, model: nn.Module, items: dict[str, Any] | None = None) -> Metrics:  # Any: JSON data
+        """Score the adapted model, write the run's files, and return the metrics.
+
+        Args:
+            model: the adapted model.
+            items: what ``score_tests`` gave for it, where that is known.
+        """
         model.eval()
-        end = self._score_all(model)
+        end = self._score_all(model, items)
         metrics: Metrics = {}
-        items: dict[str, Any] = {}  # Any: JSON data
-        for role, documents in self.test.items():
-            before, after, size = (
-                *(_bits(side["items"][role]) for side in (self.start, end)),
-                _mean_size(end["items"][role]),
-            )
-            metrics[f"{role}/bpb_start"], metrics[f"{role}/bpb"] = (
-                float(before.mean() / size),
-                float(after.mean() / size),
-            )
-            better = (before - after) / size
-            name, values = ("domain/gain", better) if role == "domain" else ("general/forgetting", -better)
-            metrics[name] = float(values.mean())
-            items[name] = {"ids": [d.id for d in documents], "values": values.tolist()}
-            metrics[f"valid/{role}_bpb"] = end["valid"][role]
+        values: dict[str, Any] = {}  # Any: JSON data
+        for kind, roles in (("domain", self.domains), ("general", ("general",))):
+            if roles[0] in self.test:
+                measured, values[_GAINED[kind]] = self._difference(kind, roles, end)
+                metrics |= measured
         if "general" in self.test:
             metrics["valid/general_forgetting"] = end["valid"]["general"] - self.start["valid"]["general"]
             metrics |= self._worst()
@@ -197,13 +217,30 @@ class Evaluation:
                 f"downstream/{name}/gain": float((last - first).mean()),
             }
         metrics |= ledger_metrics(self.start["ledger"], end["ledger"])
-        self.run.write_json("items.json", items)
+        self.run.write_json("items.json", values)
         if self.trajectory:
             self.run.write_json("trajectory.json", {"x": "tokens", "series": self.trajectory})
         if self.recipe.prompts:
             completed = [{"model": "after", **sample} for sample in self._complete(model)]
             self.run.write_json("samples.json", self._samples + completed)
         return metrics
+
+    def _difference(self, kind: str, roles: Sequence[str], end: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
+        """Figures of one kind of text, means over its roles, and every document's part in the difference."""
+        befores, afters = ([_bits(side["items"][role]) for role in roles] for side in (self.start, end))
+        sizes = [_mean_size(end["items"][role]) for role in roles]
+        sign = 1 if kind == "domain" else -1
+        better = [sign * (b - a) / n for b, a, n in zip(befores, afters, sizes, strict=True)]
+        # Weighted so that the mean over documents is the mean over roles, however many documents each has.
+        total = sum(map(len, better))
+        values = np.concatenate([one * (total / (len(roles) * len(one))) for one in better])
+        names = [d.id if len(roles) == 1 else f"{role}/{d.id}" for role in roles for d in self.test[role]]
+        return {
+            f"{kind}/bpb_start": float(np.mean([b.mean() / n for b, n in zip(befores, sizes, strict=True)])),
+            f"{kind}/bpb": float(np.mean([a.mean() / n for a, n in zip(afters, sizes, strict=True)])),
+            _GAINED[kind]: float(values.mean()),
+            f"valid/{kind}_bpb": float(np.mean([end["valid"][role] for role in roles])),
+        }, {"ids": names, "values": values.tolist()}
 
     def _worst(self) -> Metrics:
         """The highest forgetting on the way, on the subsample, and after how many tokens it was seen."""
@@ -244,11 +281,11 @@ def _mean_size(item: Sequence[Sequence[float]]) -> float:
     return float(np.mean(item[1]))
 
 
-def _first(documents: Sequence[Document]) -> list[Document]:
-    return held_out_sample(documents, VALIDATION_CHARS)
+def _first(documents: Sequence[Document], parts: int = 1) -> list[Document]:
+    return held_out_sample(documents, VALIDATION_CHARS // parts)
 
 
-def _excerpts(documents: Sequence[Document]) -> list[Document]:
-    """The first 1,000 characters of documents, 12,000 in all: small enough to score nine times per run."""
+def _excerpts(documents: Sequence[Document], parts: int = 1) -> list[Document]:
+    """The first 1,000 characters of documents, 12,000 in all over all parts: small enough to score nine times a run."""
     cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in documents]
-    return held_out_sample(cut, MIDWAY_CHARS)
+    return held_out_sample(cut, MIDWAY_CHARS // parts)
