@@ -1,4 +1,4 @@
-"""(b) How fast are corrupted rows made: the denoising collators against span corruption written row by row.
+"""(b) How fast are corrupted rows made: span corruption against the same row by row, whole-word masks against a peer.
 
     python -m benchmarks.collators
 
@@ -6,6 +6,10 @@ The peer is what training scripts usually carry: for each row draw the lengths o
 segmentations, put a sentinel for each span, close with EOS; then pad the batch (the description of Raffel et al.,
 arXiv:1910.10683, section 3.1.4 and figure 2), with numpy inside a row. For UL2 it draws a setting per row. Both sides
 start from ``{"input_ids": array, "row": int}`` and end with padded tensors; tokens are those that come in.
+
+For whole words the peer is ``transformers.DataCollatorForLanguageModeling(whole_word_mask=True)``, which gathers words
+from offsets, row by row in Python, and replaces every target by the mask token; it is given lists, as a data set gives
+them, with the mask of special tokens made beforehand.
 """
 
 from __future__ import annotations
@@ -16,15 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from benchmarks.harness import Bound, alternate, report
 from headwater.modalities.text.corruption import SpanCorruption, SuffixCorruption, span_counts, to_sentinels
 from headwater.modalities.text.denoising import Denoiser, MixtureOfDenoisers
 from headwater.modalities.text.tokenizers import train_bpe
+from headwater.modalities.text.whole_words import WholeWordMasker
 from headwater.pretrain.ul2 import MODE_TOKENS, UL2_DENOISERS, prepare_tokenizer, t5_denoisers
 
 ROWS, LENGTH, BATCHES = 256, 512, 4
 FAST = 60e6  # tokens per second
+WORD_ROWS, WORD_LENGTH = 8192, 128
 Ids = NDArray[np.int64]
 
 
@@ -107,6 +115,41 @@ def check(ours: MixtureOfDenoisers, peer: RowByRow, features: list[dict[str, Any
             assert np.array_equal(target, peer.replaced(row, ~mask))
 
 
+def word_sides() -> dict[str, tuple[Any, list[dict[str, Any]]]]:
+    """Both collators of whole words and what each reads: the same tokens, of words of one to four of them."""
+    special = ["[PAD]", "[UNK]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *(f"w{i}" for i in range(500)), *(f"##w{i}" for i in range(500))]
+    backend = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]"
+    )
+    rng = np.random.default_rng(2)
+    begins = rng.random((WORD_ROWS, WORD_LENGTH)) < 0.6
+    begins[:, 0] = True
+    ids = rng.integers(0, 500, begins.shape) + np.where(begins, 4, 504)
+    places = np.arange(WORD_LENGTH) + begins.cumsum(1)  # a gap of one character before each word
+    offsets = np.stack([places, places + 1], axis=2)
+    ours = WholeWordMasker(tokenizer)
+    peer = DataCollatorForLanguageModeling(
+        tokenizer, whole_word_mask=True, mask_replace_prob=1.0, random_replace_prob=0.0, seed=0
+    )
+    read = {
+        "ours": [{"input_ids": row, "row": i} for i, row in enumerate(ids)],
+        "peer": [
+            {"input_ids": row, "offset_mapping": spans, "special_tokens_mask": [0] * WORD_LENGTH}
+            for row, spans in zip(ids.tolist(), offsets.tolist(), strict=True)
+        ],
+    }
+    word = np.arange(WORD_ROWS)[:, None] * WORD_LENGTH + begins.cumsum(1) - 1
+    for side, collator in (("ours", ours), ("peer", peer)):
+        target = collator(read[side])["labels"].numpy() != -100
+        sizes, hit = np.bincount(word.ravel()), np.bincount(word.ravel(), target.ravel())
+        assert ((hit == 0) | (hit == sizes)).all(), f"{side} cuts words"
+        assert abs(target.mean() - 0.15) < 0.005, f"{side} masks {target.mean():.3f} of the tokens"
+    return {"ours": (ours, read["ours"]), "peer": (peer, read["peer"])}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     tokenizer = train_bpe(["some text to learn a few merges from"], 300)
@@ -125,19 +168,26 @@ def main() -> None:
     del block
     works = {name: lambda side=side: [side(batch) for batch in batches] for name, side in sides.items()}
     seconds = alternate(works, repeats=8)
+    masking = {
+        f"whole words, {side}": lambda collator=collator, read=read: collator(read)
+        for side, (collator, read) in word_sides().items()
+    }
+    seconds |= alternate(masking)
     ratios, speeds = {}, {}
     for name in ("span", "ul2"):
         speeds[name] = ids.size / seconds[f"{name}, ours"]
         ratios[name] = (seconds[f"{name}, row by row"] / seconds[f"{name}, ours"], Bound("higher", floor=10))
         ratios[f"{name}, tokens/s over 60e6"] = (speeds[name] / FAST, Bound("higher", None, 1))
+    ratios["whole words"] = (seconds["whole words, peer"] / seconds["whole words, ours"], Bound("higher", floor=20))
     report(
         "How much faster are corrupted rows made by the batch than row by row?",
         ratios,
         seconds=seconds,
-        checked="every example of both sides gives back its row; of the same spans both make the same example",
+        checked="every example of both sides gives back its row; of the same spans both make the same example; "
+        "both mask words whole, and as many tokens",
         notes={
             "tokens_per_second": {name: round(speed) for name, speed in speeds.items()},
-            "work": f"{BATCHES} batches of {ROWS} x {LENGTH} tokens",
+            "work": f"{BATCHES} batches of {ROWS} x {LENGTH} tokens; {WORD_ROWS} x {WORD_LENGTH} for whole words",
             "time": "processor seconds, one thread",
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -34,8 +34,9 @@ from headwater.modalities.models import (
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.objectives import CausalObjective, TokenObjective
 from headwater.modalities.text.packing import MaskedStream, MixedStream, PackedBlocks
-from headwater.modalities.text.prepared import Readable, tokenized
+from headwater.modalities.text.prepared import Readable, tokenized, tokenizer_fingerprint
 from headwater.modalities.text.score import bits_per_byte
+from headwater.modalities.text.whole_words import WordBorders
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -56,7 +57,7 @@ class Adaptation:
     Attributes:
         recipe: the recipe that runs.
         prepared: corpora and test sets; the latter are for the evaluation alone.
-        tokenizer: the starting model's.
+        tokenizer: the starting model's, until a method adopts another.
         head: what kind of language model it is.
         seq_len: tokens per block.
         meter: everything that runs under it is charged to the budget.
@@ -162,14 +163,29 @@ class Adaptation:
 
         The starting model was scored under its own by then. ``start`` still gives that model, over the old vocabulary.
         """
+        if self._start_tokenizer is None:
+            self._start_tokenizer = self.tokenizer
         self.tokenizer = tokenizer
 
-    def mix(self, parts: Sequence[tuple[Sequence[Document], float]], *, seed: int | None = None) -> BatchStream:
+    @property
+    def same_tokens(self) -> bool:
+        """Whether text becomes the same tokens as under the starting model."""
+        old = self._start_tokenizer
+        return old is None or tokenizer_fingerprint(old) == tokenizer_fingerprint(self.tokenizer)
+
+    def mix(
+        self,
+        parts: Sequence[tuple[Sequence[Document], float]],
+        *,
+        seed: int | None = None,
+        whole_words: bool = False,
+    ) -> BatchStream:
         """An endless, seekable stream that draws from several sets of documents in exact proportion.
 
         Args:
             parts: documents and their share; shares of 0 are left out.
             seed: of the order; the recipe's by default.
+            whole_words: mask whole words for a masked model, and not single tokens.
         """
         seed = derive_seed(self.recipe.seed if seed is None else seed, "order")
         blocks = [
@@ -179,26 +195,34 @@ class Adaptation:
         ]
         stream = MixedStream(blocks, self.rows, seed)
         if self.head == "masked":
-            return MaskedStream(stream, self.tokenizer, seed=seed)
+            words = WordBorders(self.tokenizer) if whole_words else None
+            return MaskedStream(stream, self.tokenizer, seed=seed, words=words)
         return stream
 
-    def with_replay(self, documents: Sequence[Document], share: float) -> BatchStream:
+    def with_replay(self, documents: Sequence[Document], share: float, *, whole_words: bool = False) -> BatchStream:
         """``documents`` mixed with a ``share`` of the general corpus."""
         parts: list[tuple[Sequence[Document], float]] = [(documents, 1 - share)]
         if share > 0:
             assert self.general is not None  # the recipe refuses replay without a general corpus
             parts.append((self.general.train, share))
-        return self.mix(parts)
+        return self.mix(parts, whole_words=whole_words)
+
+    def charge(self, flops: float, what: str) -> None:
+        """Take FLOPs that were spent beside training off the budget; ``what`` says on what."""
+        self._outside_flops += flops
+        self._outside.append(what)
+        self.meter.add(flops=flops)
 
     def training_budget(self) -> Budget:
-        """What is left for training: the budget, less the FLOPs that selection and scoring took."""
+        """What is left for training: the budget, less the FLOPs that were charged beside it."""
         budget = self.recipe.budget
         if budget.flops is None or self._outside_flops == 0:
             return budget
         left = budget.flops - self._outside_flops
         if left <= 0:
             raise ModelError(
-                f"scoring documents took {self._outside_flops:.3g} FLOPs, more than the budget of {budget.flops:.3g}"
+                f"{' and '.join(dict.fromkeys(self._outside))} took {self._outside_flops:.3g} FLOPs, more than the "
+                f"budget of {budget.flops:.3g}"
             )
         return Budget(flops=left)
 
@@ -216,11 +240,12 @@ class Adaptation:
         parameters = sum(p.numel() for p in model.parameters())
         tokens = len(tokenized(documents, self.tokenizer).tokens)
         flops = 2.0 * parameters * tokens  # one forward pass; Kaplan et al., arXiv:2001.08361, section 2.1
-        self._outside_flops += flops
-        self.meter.add(flops=flops)
+        self.charge(flops, "scoring documents")
         return np.asarray(scored.nats / np.log(2) / scored.counts, dtype=np.float64)
 
     _outside_flops: float = 0.0
+    _outside: list[str] = field(default_factory=list)
+    _start_tokenizer: PreTrainedTokenizerBase | None = None
     trainable: int = 0
     epochs: float | None = None
 
@@ -263,6 +288,9 @@ class Adaptation:
             "data/dropped_overlap": float(self.prepared.dropped),
             "domain/bytes_per_token": size / len(store.tokens),
         }
+        if self._start_tokenizer is not None:
+            before = tokenized(self.domain.train, self._start_tokenizer)
+            facts["domain/bytes_per_token_start"] = size / len(before.tokens)
         if self.epochs is not None:
             facts["data/epochs"] = self.epochs
         if self.general is not None:
@@ -296,7 +324,7 @@ class Adaptation:
         lines = [
             f"# {self.recipe.id}",
             "",
-            f"Continued from `{self.recipe.model.name}` on {read or f'`{self.prepared.name}`'}.",
+            f"Made by `{self.recipe.id}` from `{self.recipe.model.name}` and {read or f'`{self.prepared.name}`'}.",
             "",
         ]
         lines += ["```python", opening, "```", ""]

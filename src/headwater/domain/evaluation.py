@@ -196,13 +196,24 @@ class Evaluation:
         """
         model.eval()
         end = self._score_all(model, items)
+        comparable = self.ctx.head == "causal" or self.ctx.same_tokens
+        if not comparable:
+            self.run.notes["unit"] = "bits/masked token of its own vocabulary"
+            self.ctx.warn(
+                "tokenizer",
+                "a masked model's bits are per token, and the tokens changed: gain and forgetting are not measured; "
+                "compare by downstream tasks",
+            )
         metrics: Metrics = {}
         values: dict[str, Any] = {}  # Any: JSON data
         for kind, roles in (("domain", self.domains), ("general", ("general",))):
-            if roles[0] in self.test:
+            if roles[0] not in self.test:
+                continue
+            metrics |= self._levels(kind, roles, end)
+            if comparable:
                 measured, values[_GAINED[kind]] = self._difference(kind, roles, end)
                 metrics |= measured
-        if "general" in self.test:
+        if "general" in self.test and comparable:
             metrics["valid/general_forgetting"] = end["valid"]["general"] - self.start["valid"]["general"]
             metrics |= self._worst()
         for name in self._named("answers"):
@@ -225,8 +236,16 @@ class Evaluation:
             self.run.write_json("samples.json", self._samples + completed)
         return metrics
 
+    def _levels(self, kind: str, roles: Sequence[str], end: dict[str, Any]) -> Metrics:  # Any: JSON data
+        """Bits per unit of one kind of text, means over its roles."""
+        items = [end["items"][role] for role in roles]
+        return {
+            f"{kind}/bpb": float(np.mean([_bits(item).mean() / _mean_size(item) for item in items])),
+            f"valid/{kind}_bpb": float(np.mean([end["valid"][role] for role in roles])),
+        }
+
     def _difference(self, kind: str, roles: Sequence[str], end: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
-        """Figures of one kind of text, means over its roles, and every document's part in the difference."""
+        """What became of one kind of text, means over its roles, and every document's part in that."""
         befores, afters = ([_bits(side["items"][role]) for role in roles] for side in (self.start, end))
         sizes = [_mean_size(end["items"][role]) for role in roles]
         sign = 1 if kind == "domain" else -1
@@ -235,12 +254,11 @@ class Evaluation:
         total = sum(map(len, better))
         values = np.concatenate([one * (total / (len(roles) * len(one))) for one in better])
         names = [d.id if len(roles) == 1 else f"{role}/{d.id}" for role in roles for d in self.test[role]]
-        return {
-            f"{kind}/bpb_start": float(np.mean([b.mean() / n for b, n in zip(befores, sizes, strict=True)])),
-            f"{kind}/bpb": float(np.mean([a.mean() / n for a, n in zip(afters, sizes, strict=True)])),
-            _GAINED[kind]: float(values.mean()),
-            f"valid/{kind}_bpb": float(np.mean([end["valid"][role] for role in roles])),
-        }, {"ids": names, "values": values.tolist()}
+        start = float(np.mean([b.mean() / n for b, n in zip(befores, sizes, strict=True)]))
+        return {f"{kind}/bpb_start": start, _GAINED[kind]: float(values.mean())}, {
+            "ids": names,
+            "values": values.tolist(),
+        }
 
     def _worst(self) -> Metrics:
         """The highest forgetting on the way, on the subsample, and after how many tokens it was seen."""

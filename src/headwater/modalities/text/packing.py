@@ -38,6 +38,8 @@ from headwater.modalities.text.docs import CorpusError, Document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from headwater.modalities.text.whole_words import WordBorders
+
 __all__ = [
     "MaskedStream",
     "MixedStream",
@@ -492,6 +494,7 @@ def mask_tokens(
     *,
     seed: int,
     probability: float = 0.15,
+    words: WordBorders | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Mask tokens for a masked language model; what is drawn for a row depends on (seed, row) alone.
 
@@ -504,6 +507,7 @@ def mask_tokens(
         tokenizer: gives the mask token and the special tokens, which are never targets.
         seed: any integer.
         probability: in (0, 1).
+        words: draw once for each word and not for each token: what is a target, and what becomes of it.
 
     Returns:
         (inputs, labels), both ``(B, T)``; labels are -100 where nothing is to be predicted.
@@ -519,6 +523,9 @@ def mask_tokens(
     # One stream per purpose, so that a longer row keeps the draws of its first tokens.
     key = derive_seed(seed, "mask")
     chosen, kind, token = (hash_uniform(key, rows, length, stream=stream) for stream in range(3))
+    if words is not None:
+        heads = words.heads(input_ids)
+        chosen, kind = (np.take_along_axis(drawn, heads, axis=1) for drawn in (chosen, kind))
     target = (chosen < probability) & ~np.isin(input_ids, tokenizer.all_special_ids)
     masked = np.where(target & (kind < 0.8), tokenizer.mask_token_id, input_ids)
     masked = np.where(target & (kind >= 0.9), (token * len(tokenizer)).astype(np.int64), masked)
@@ -535,18 +542,27 @@ class MaskedStream:
         tokenizer: gives the mask token.
         seed: of the masks.
         probability: share of targets.
+        words: mask whole words, which these are the borders of.
     """
 
     def __init__(
-        self, stream: _Stream, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, probability: float = 0.15
+        self,
+        stream: _Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        probability: float = 0.15,
+        words: WordBorders | None = None,
     ) -> None:
         self._stream, self._tokenizer, self._seed, self._probability = stream, tokenizer, seed, probability
+        self._words = words
         self.rows, self.tokens_per_row = stream.rows, stream.tokens_per_row
-        self.fingerprint = _fingerprint("masked", stream.fingerprint, seed, probability, tokenizer.mask_token_id)
+        how = () if words is None else ("whole words",)
+        self.fingerprint = _fingerprint("masked", stream.fingerprint, seed, probability, tokenizer.mask_token_id, *how)
         mask_tokens(np.zeros((0, 1), dtype=np.int64), np.zeros(0, dtype=np.int64), tokenizer, **self._settings())
 
     def _settings(self) -> dict[str, Any]:  # Any: the keyword arguments of mask_tokens
-        return {"seed": self._seed, "probability": self._probability}
+        return {"seed": self._seed, "probability": self._probability, "words": self._words}
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """Return the stream's batch with masked ``input_ids`` and their ``labels``."""
