@@ -306,3 +306,36 @@ def align_fields(tiny_encoder: Path, tiny_masked: Path, tmp_path_factory: pytest
         "optim": {"lr": 3e-3},
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
+
+
+@pytest.fixture(scope="session")
+def speech_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make continued speech pretraining run in seconds: a wav2vec 2.0 of 16 x 1, two languages."""
+    from headwater.modalities.speech.languages import language, utterance, write_corpus
+    from headwater.modalities.speech.tiny import tiny_feature_extractor, tiny_wav2vec2
+
+    root = tmp_path_factory.mktemp("speech")
+    known = language("known", seed=1)
+    new = language("new", like=[known], share=0.5, seed=1)
+    for name, of, first, count in (("audio", new, 0, 40), ("general", known, 0, 24), ("labelled", new, 100, 40)):
+        write_corpus(root / name, [utterance(of, first + number, words=1) for number in range(count)])
+    tiny_wav2vec2(16, 1, 2, 16, conv=8, codes=4, generator_seed=0).save_pretrained(root / "model")
+    tiny_feature_extractor().save_pretrained(root / "model")
+    return {
+        "model": str(root / "model"),
+        "audio": str(root / "audio"),
+        "general": str(root / "general"),
+        "labelled": str(root / "labelled"),
+        "mask_length": 3,
+        "negatives": 5,
+        "batch_size": 8,
+        "shares": [0.5, 0.5],
+        "freeze_encoder": 0.34,
+        "budget": {"steps": 6},
+        "optim": {"lr": 1e-3},
+        "ctc_optim": {"lr": 1e-2},
+        "held_out": 0.4,
+        "eval_at": [0.0, 1.0],
+        "eval_clips": 8,
+        "fit": {"precision": "fp32", "checkpoint_every": 1},
+    }

@@ -16,6 +16,7 @@ __all__ = [
     "opens_as_json",
     "opens_as_language_model",
     "opens_as_safetensors",
+    "opens_as_speech",
     "opens_as_the_class_its_readme_names",
     "runs_the_code_of_its_readme",
     "setting",
@@ -77,6 +78,27 @@ def runs_the_code_of_its_readme(model: Path) -> None:
         exec(code[1], names)
     assert names["ids"].shape[1] > 40
     assert torch.isfinite(names["log_p"]).all()
+
+
+def opens_as_speech(model: Path) -> None:
+    """The adapted model opens in transformers and gives a finite loss; the recogniser beside it gives text."""
+    import numpy as np
+    import torch
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining, Wav2Vec2Processor
+
+    samples = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    inputs = Wav2Vec2FeatureExtractor.from_pretrained(model)(samples, sampling_rate=16_000, return_tensors="pt")
+    adapted = Wav2Vec2ForPreTraining.from_pretrained(model, use_safetensors=True)
+    mask = torch.ones(1, 23, dtype=torch.bool)
+    others = torch.arange(23).roll(1)[None, :, None].repeat(1, 1, 3)
+    with torch.no_grad():
+        assert torch.isfinite(adapted(**inputs, mask_time_indices=mask, sampled_negative_indices=others).loss)
+    processor = Wav2Vec2Processor.from_pretrained(model.parent / "ctc")
+    recogniser = Wav2Vec2ForCTC.from_pretrained(model.parent / "ctc", use_safetensors=True)
+    with torch.no_grad():
+        logits = recogniser(**processor(samples, sampling_rate=16_000, return_tensors="pt")).logits
+    assert logits.shape == (1, 23, len(processor.tokenizer))
+    assert isinstance(processor.batch_decode(logits.argmax(-1))[0], str)
 
 
 def opens_as_json(model: Path) -> None:
@@ -155,6 +177,7 @@ METHODS: dict[str, Setting] = {
         unseeded=frozenset({"emulated_finetuning"}),
     ),
     "skill_localization": Setting(fixture="localization_fields", opens=opens_as_language_model),
+    "speech_continued": Setting(fixture="speech_fields", opens=opens_as_speech),
 }
 """Methods whose fields or results have another form than their family's."""
 

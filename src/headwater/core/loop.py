@@ -409,9 +409,9 @@ class Loop:
         """Of this phase, over all processes and restarts."""
         progress, plan = self.progress, self.plan
         config = getattr(self.model, "config", None)
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)() if config is not None else None
+        embedding = _embedding(self.model) if config is not None else None
         tied = getattr(config, "tie_word_embeddings", False)
-        looked_up = 0 if embedding is None or tied else embedding.weight.numel()
+        looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
         return Cost(
             steps=progress.step,
             tokens=self._tokens(),
@@ -490,6 +490,15 @@ def _accelerator(settings: FitSettings, directory: Path) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(f"fit runs on one device or under DDP; got {accelerator.distributed_type.value}.")
     return accelerator
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    """The table in which tokens are looked up; None for a model that reads no tokens."""
+    find: Callable[[], nn.Module | None] = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        return find()
+    except NotImplementedError:  # what transformers raises for speech models
+        return None
 
 
 def _row_names(batch: Mapping[str, Tensor], own: tuple[int, int]) -> list[int]:

@@ -1,0 +1,1 @@
+"""Speech: readers of audio, synthetic languages with exact phone labels, masks, batches, CTC, small backbones."""
