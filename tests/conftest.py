@@ -207,6 +207,28 @@ def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obj
 
 
 @pytest.fixture(scope="session")
+def sobert_fields(
+    tiny_masked: Path, domain_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """Those of the stage for an encoder, on posts with replies."""
+    path = tmp_path_factory.mktemp("posts") / "posts.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for number, text in enumerate(sentences("domain", 2700, seed=3, words=20)):
+            parent = "" if number % 3 == 0 else str(number - number % 3)
+            row = {"id": str(number), "parent": parent, "score": number % 5, "text": text}
+            stream.write(json.dumps(row) + "\n")
+    changes = {"model": str(tiny_masked), "domain": str(path), "threads": {}, "context": 96, "batch_tokens": 384}
+    return {
+        **domain_fields,
+        **changes,
+        "plan": {"gpu": "L4"},
+        "budget": {"steps": 150},
+        "eval_at": [1.0],
+        "held_out": 0.3,
+    }
+
+
+@pytest.fixture(scope="session")
 def instruction_balance_fields(
     domain_fields: dict[str, object], compose_fields: dict[str, dict[str, object]], labelled: dict[str, Path]
 ) -> dict[str, object]:

@@ -169,6 +169,7 @@ FAMILIES: dict[str, Setting] = {
 
 
 METHODS: dict[str, Setting] = {
+    "sobert": Setting(fixture="sobert_fields", opens=opens_as_the_class_its_readme_names),
     "instruction_balance": Setting(fixture="instruction_balance_fields", opens=opens_as_language_model),
     "domain_stream": Setting(fixture="stream_fields", opens=opens_as_language_model),
     "emulated_finetuning": Setting(

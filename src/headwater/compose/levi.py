@@ -7,7 +7,7 @@ Fine-tuned, a large model keeps the spurious features of its pretraining; a smal
 of the task's data. Joined at several layers, with f frozen (or moved by LoRA only) and g and the adapters trained
 together, neither side's dominate, and answers hold up better on other distributions.
 
-Source: Roh, Liu, Gui, Zhai and Zhang, "LEVI: Generalizable Fine-tuning via Layer-wise Ensemble of Different Views",
+Source: Roh et al., "LEVI: Generalizable Fine-tuning via Layer-wise Ensemble of Different Views",
 arXiv:2402.04644.
 Differs: whether the paper's loss has a term for the averaged answer is unverified; the default has none.
 Needs: a pretrained model, labelled texts; labelled texts of another distribution show whether it helped.

@@ -7,8 +7,8 @@ four answers (gain in the domain, forgetting, the user's task, cost). A method a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -68,11 +68,13 @@ class Adapted:
         model: saved to ``model/``; a Hugging Face or PEFT model.
         files: further files of the run directory, by what they hold, named in the model's README.
         notes: facts for the reader of the result.
+        metrics: figures beyond those that every method of the stage has.
     """
 
     model: nn.Module
     files: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Continuation(Recipe):
@@ -160,7 +162,7 @@ class ContinuedPretraining(Continuation):
         ctx.save(adapted.model, run, files=adapted.files)
         run.notes.update(adapted.notes)
         run.cost = {**ctx.meter.cost.to_dict(), "trainable": ctx.trainable}
-        return metrics | ctx.data_metrics()
+        return {**metrics, **ctx.data_metrics(), **adapted.metrics}
 
 
 FAMILY = Family(

@@ -275,9 +275,10 @@ class Sobert(FromScratch):
         if self.plan is None or tokens is None:
             return None
         config: Any = cast(PreTrainedModel, model).config.get_text_config()  # Any: transformers ships no types
-        embeddings = cast(PreTrainedModel, model).get_input_embeddings().weight.numel()
-        # The embedding is looked up and not multiplied; its transpose in a tied head is.
-        params = sum(p.numel() for p in model.parameters()) - (0 if config.tie_word_embeddings else embeddings)
+        # Tables are looked up and not multiplied; that of tokens is, as the head, where the two are tied.
+        looked_up = sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+        tied = cast(PreTrainedModel, model).get_input_embeddings().weight.numel() if config.tie_word_embeddings else 0
+        params = sum(p.numel() for p in model.parameters()) - looked_up + tied
         return TrainingPlan.from_budget(
             gpu=self.plan.gpu,
             params=params,
