@@ -137,7 +137,7 @@ FAMILIES: dict[str, Setting] = {
     "domain": Setting(
         fixture="domain_fields",
         opens=opens_as_language_model,
-        extra={"stability_gap": {"keep_fraction": 0.5}},
+        extra={"stability_gap": {"keep_fraction": 0.5}, "long_context": {"target_length": 128}},
         unseeded=frozenset({"frozen"}),
     ),
     "efficient": Setting(

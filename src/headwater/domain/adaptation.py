@@ -179,6 +179,7 @@ class Adaptation:
         *,
         seed: int | None = None,
         whole_words: bool = False,
+        seq_len: int | None = None,
     ) -> BatchStream:
         """An endless, seekable stream that draws from several sets of documents in exact proportion.
 
@@ -186,14 +187,14 @@ class Adaptation:
             parts: documents and their share; shares of 0 are left out.
             seed: of the order; the recipe's by default.
             whole_words: mask whole words for a masked model, and not single tokens.
+            seq_len: tokens per block, at as many tokens per step; the context's by default.
         """
+        length = self.seq_len if seq_len is None else seq_len
         seed = derive_seed(self.recipe.seed if seed is None else seed, "order")
         blocks = [
-            (PackedBlocks(tokenized(docs, self.tokenizer), self.seq_len, seed), share)
-            for docs, share in parts
-            if share > 0
+            (PackedBlocks(tokenized(docs, self.tokenizer), length, seed), share) for docs, share in parts if share > 0
         ]
-        stream = MixedStream(blocks, self.rows, seed)
+        stream = MixedStream(blocks, self.recipe.batch_tokens // length, seed)
         if self.head == "masked":
             words = WordBorders(self.tokenizer) if whole_words else None
             return MaskedStream(stream, self.tokenizer, seed=seed, words=words)
@@ -355,4 +356,5 @@ def _seq_len(recipe: Continuation, model: nn.Module) -> int:
             f"seq_len is {recipe.seq_len} but model {recipe.model.name!r} has {limit} positions. Lower seq_len, or "
             "lengthen the model's context first (domain/long_context)."
         )
-    return recipe.seq_len or min(limit or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    limit = limit or DEFAULT_SEQ_LEN
+    return recipe.seq_len or min(limit, recipe.longest_block or limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
@@ -78,7 +78,13 @@ class Adapted:
 
 
 class Continuation(Recipe):
-    """What every recipe of the stage shares, whether it adapts to one domain or to several."""
+    """What every recipe of the stage shares, whether it adapts to one domain or to several.
+
+    Attributes:
+        longest_block: ``seq_len`` is at most this where the recipe leaves it open; None for the model's maximum.
+    """
+
+    longest_block: ClassVar[int | None] = 1024
 
     model: ModelRef = Field(description="the model to start from: Hub name, local directory or builtin")
     general: CorpusRef | None = Field(
