@@ -145,6 +145,18 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def labelled_domain_fields(domain_fields: dict[str, object], labelled: dict[str, Path]) -> dict[str, object]:
+    """The same with labelled texts, a few hundred unlabelled ones, and a budget that three phases can share."""
+    return {
+        **domain_fields,
+        "labelled": str(labelled["train"]),
+        "labelled_test": str(labelled["test"]),
+        "budget": {"steps": 8},
+        "eval_at": [1.0],
+    }
+
+
+@pytest.fixture(scope="session")
 def adapt_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make any head of the stage ``adapt`` run in about a second."""
     return {
@@ -202,6 +214,27 @@ def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obj
         "optim": {"lr": 3e-3},
         "eval_at": [0.0, 0.5, 1.0],
         "eval_chars": 5_000,
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def levi_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
+    """Fields that make the layer-wise ensemble run in about a second: an encoder and six classes of text."""
+    return {
+        "pretrained": str(tiny_encoder),
+        "task": str(labelled["train"]),
+        "test": str(labelled["test"]),
+        "ood": str(labelled["test"]),
+        "validation": 0.2,
+        "layers": 1,
+        "adapter_hidden": 16,
+        "small_width": 32,
+        "small_layers": 1,
+        "max_tokens": 32,
+        "batch_size": 16,
+        "budget": {"steps": 6},
+        "optim": {"lr": 3e-3},
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
 

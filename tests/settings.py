@@ -18,6 +18,7 @@ __all__ = [
     "opens_as_safetensors",
     "opens_as_speech",
     "opens_as_the_class_its_readme_names",
+    "opens_beside_a_classifier",
     "runs_the_code_of_its_readme",
     "setting",
 ]
@@ -32,6 +33,12 @@ def opens_as_language_model(model: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(model)("graph path", return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         assert torch.isfinite(opened(input_ids=tokens["input_ids"]).logits).all()
+
+
+def opens_beside_a_classifier(model: Path) -> None:
+    """The language model opens, and the classifier in the folder beside it as the class its README names."""
+    opens_as_language_model(model)
+    opens_as_the_class_its_readme_names(model.with_name("classifier"))
 
 
 def opens_as_safetensors(model: Path) -> None:
@@ -169,9 +176,16 @@ FAMILIES: dict[str, Setting] = {
 
 
 METHODS: dict[str, Setting] = {
+    "levi": Setting(fixture="levi_fields", opens=opens_as_safetensors),
     "sobert": Setting(fixture="sobert_fields", opens=opens_as_the_class_its_readme_names),
     "instruction_balance": Setting(fixture="instruction_balance_fields", opens=opens_as_language_model),
     "domain_stream": Setting(fixture="stream_fields", opens=opens_as_language_model),
+    "fine_tuned": Setting(fixture="labelled_domain_fields", opens=opens_beside_a_classifier),
+    "self_training": Setting(
+        fixture="labelled_domain_fields",
+        opens=opens_beside_a_classifier,
+        extra={"self_training": {"shares": [0.25, 0.5, 0.25]}},
+    ),
     "emulated_finetuning": Setting(
         fixture="emulated_fields",
         opens=runs_the_code_of_its_readme,

@@ -146,7 +146,7 @@ def prompts(count: int = 12) -> list[str]:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_oracle_a_verbaliser_reads_the_token_after_the_prompt(kit_llama, monkeypatch, keeps):
-    import headwater.align.classes as classes
+    import headwater.modalities.text.classes as classes
 
     monkeypatch.setattr(classes, "_keeps_logits", lambda model: keeps)
     opened = open_class_model(ModelRef(name=str(kit_llama)), ("false", "true"), verbaliser=WORDS)

@@ -14,16 +14,17 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import nn
 
-from headwater.align.classes import ClassModel, ClassObjective, ClassStream, open_class_model
 from headwater.align.data import content_key
 from headwater.align.pgr import UndefinedGap, agreement, pgr
-from headwater.align.soft_labels import SoftCrossEntropy, TargetLoss
 from headwater.core.budget import Budget, Meter
 from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.fit import Phase, Trained, fit
 from headwater.core.leak import Sealed
 from headwater.core.recipe import Metrics, ModelRef
 from headwater.core.rng import derive_seed
+from headwater.modalities.text.class_inputs import ClassStream
+from headwater.modalities.text.classes import ClassModel, ClassObjective, open_class_model
+from headwater.modalities.text.soft_labels import SoftCrossEntropy, TargetLoss
 from headwater.modalities.text.verifiable import Item
 
 if TYPE_CHECKING:

@@ -216,6 +216,7 @@ class Levi(Recipe):
             },
             "labels": list(labels),
             "vocabulary": len(tokenizer),
+            "padding": tokenizer.pad_token_id,
         }
         atomic_write_text(target / CONFIG, json.dumps(about, indent=2) + "\n")
         tokenizer.save_pretrained(target)
@@ -258,10 +259,9 @@ def load_levi(directory: str | Path) -> nn.Module:
             "lora": None if fields["lora"] is None else LoraSpec(**fields["lora"]),
         }
     )
-    tokenizer = load_tokenizer(ModelRef(name=str(directory)))
     encoder = load_encoder(recipe.pretrained)
     with torch.random.fork_rng(devices=[]):
-        model = _assemble(recipe, encoder, len(about["labels"]), about["vocabulary"], tokenizer.pad_token_id)
+        model = _assemble(recipe, encoder, len(about["labels"]), about["vocabulary"], about["padding"])
     missing, unexpected = model.load_state_dict(load_file(directory / WEIGHTS), strict=False)
     if unexpected or any(not name.startswith("pretrained.") for name in missing):
         raise ModelError(f"{directory / WEIGHTS} does not fit {CONFIG}: {[*unexpected, *missing][:3]}")

@@ -209,13 +209,16 @@ class Adaptation:
         return self.mix(parts, whole_words=whole_words)
 
     def charge(self, flops: float, what: str) -> None:
-        """Take FLOPs that were spent beside training off the budget; ``what`` says on what."""
-        self._outside_flops += flops
+        """Take FLOPs that were spent beside training off what the phases to come have; ``what`` says on what."""
+        to_come = 1 - self._begun
+        if to_come > 1e-9:
+            # Phases that are over had their share of the whole budget, so the others give up more than theirs.
+            self._outside_flops += flops / to_come
         self._outside.append(what)
         self.meter.add(flops=flops)
 
     def training_budget(self) -> Budget:
-        """What is left for training: the budget, less the FLOPs that were charged beside it."""
+        """What phases have their shares of: the budget, less the FLOPs that were charged beside it."""
         budget = self.recipe.budget
         if budget.flops is None or self._outside_flops == 0:
             return budget
@@ -238,21 +241,27 @@ class Adaptation:
                 "documents are scored by their likelihood, which needs a causal model; use quality 'ngram'"
             )
         scored = bits_per_byte(model, self.tokenizer, documents, window=self.seq_len)
-        parameters = sum(p.numel() for p in model.parameters())
-        tokens = len(tokenized(documents, self.tokenizer).tokens)
-        flops = 2.0 * parameters * tokens  # one forward pass; Kaplan et al., arXiv:2001.08361, section 2.1
-        self.charge(flops, "scoring documents")
+        self.charge_forward(model, len(tokenized(documents, self.tokenizer).tokens))
         return np.asarray(scored.nats / np.log(2) / scored.counts, dtype=np.float64)
+
+    def charge_forward(self, model: nn.Module, tokens: int) -> None:
+        """Charge one forward pass over so many tokens outside training."""
+        parameters = sum(p.numel() for p in model.parameters())
+        self.charge(2.0 * parameters * tokens, "scoring documents")  # Kaplan et al., arXiv:2001.08361, section 2.1
 
     _outside_flops: float = 0.0
     _outside: list[str] = field(default_factory=list)
     _start_tokenizer: PreTrainedTokenizerBase | None = None
+    _begun: float = 0.0
     trainable: int = 0
     epochs: float | None = None
 
     def note_phase(self, phase: Phase) -> None:
         """Remember the largest number of trainable weights, and warn when a corpus is read many times over."""
-        self.trainable = max(self.trainable, sum(p.numel() for p in phase.model.parameters() if p.requires_grad))
+        self._begun += phase.share
+        modules = [m for m in (phase.model, phase.objective) if isinstance(m, nn.Module)]
+        trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+        self.trainable = max(self.trainable, trained)
 
     def num_tokens(self, documents: Sequence[Document]) -> NDArray[np.int64]:
         """Tokens of each document, its EOS included, ``(documents,)``."""
