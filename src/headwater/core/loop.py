@@ -411,7 +411,8 @@ class Loop:
         config = getattr(self.model, "config", None)
         embedding = _embedding(self.model) if config is not None else None
         tied = getattr(config, "tie_word_embeddings", False)
-        looked_up = 0 if embedding is None or tied else sum(p.numel() for p in embedding.parameters())
+        # The patch embedding of an image model is no table: its weights multiply.
+        looked_up = embedding.weight.numel() if isinstance(embedding, nn.Embedding) and not tied else 0
         return Cost(
             steps=progress.step,
             tokens=self._tokens(),
