@@ -292,6 +292,44 @@ def localization_fields(compose_fields: dict[str, object], corpora: dict[str, Pa
 
 
 @pytest.fixture(scope="session")
+def lora_experts(tiny_causal: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``domain``, ``general`` and ``other``: LoRA adapters of the causal model, made and saved by PEFT alone."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("experts")
+    for number, name in enumerate(("domain", "general", "other")):
+        config = LoraConfig(r=2 + number, lora_alpha=4, target_modules="all-linear", use_rslora=number == 1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal), config)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(root / name)
+    return {path.name: path for path in sorted(root.iterdir())}
+
+
+@pytest.fixture(scope="session")
+def routed_fields(
+    tiny_causal: Path, corpora: dict[str, Path], lora_experts: dict[str, Path], compose_fields: dict[str, object]
+) -> dict[str, object]:
+    """Fields that make routing between LoRA experts run in about a second; gates stay in the run."""
+    return {
+        "models": {"base": str(tiny_causal), **{name: str(path) for name, path in lora_experts.items()}},
+        "suites": compose_fields["suites"],
+        "expert_data": {name: str(corpora["general" if name == "other" else name]) for name in lora_experts},
+        "gates_in": "run",
+        "seq_len": 32,
+        "batch_tokens": 256,
+        "budget": {"steps": 6},
+        "optim": {"lr": 0.05, "warmup": 0.0, "schedule": "constant"},
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
 def efficient_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, object]:
     """Fields that make any recipe of the stage ``efficient`` run in about a second."""
     return {

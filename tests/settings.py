@@ -193,6 +193,7 @@ METHODS: dict[str, Setting] = {
     ),
     "skill_localization": Setting(fixture="localization_fields", opens=opens_as_language_model),
     "speech_continued": Setting(fixture="speech_fields", opens=opens_as_speech),
+    "phatgoose": Setting(fixture="routed_fields", opens=runs_the_code_of_its_readme),
 }
 """Methods whose fields or results have another form than their family's."""
 
