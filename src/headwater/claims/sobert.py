@@ -45,16 +45,16 @@ class _Setting:
     batch_tokens: int
     test_threads: int
     probes: int  # draws of labels
+    small: Size
+    large: Size
     limit: int | None = None  # docstrings
-    small: Size = SMALL
-    large: Size = LARGE
     lr: float = 2e-3
 
 
 _TINY = Size(hidden=16, layers=1, heads=2, mlp=32)
 _SETTINGS: Mapping[Scale, _Setting] = {
-    "smoke": _Setting(400, 4_096, 2_048, test_threads=5, probes=1, limit=400, small=_TINY, large=_TINY),
-    "small": _Setting(2_048, 300_000, 4_096, test_threads=40, probes=5),
+    "smoke": _Setting(400, 4_096, 2_048, test_threads=5, probes=1, small=_TINY, large=_TINY, limit=400),
+    "small": _Setting(2_048, 300_000, 4_096, test_threads=40, probes=5, small=SMALL, large=LARGE),
 }
 
 
