@@ -365,8 +365,10 @@ def kit_fields(kit_llama: Path) -> Fields:
     }
 
 
-def test_property_a_llama_with_a_verbaliser_opens_without_us(kit_llama, tmp_path):
+def test_property_a_llama_with_a_verbaliser_opens_without_us(kit_llama, tmp_path, monkeypatch):
     run = tmp_path / "run"
+    figures = iter([0.1, 0.2])  # the kit's vocabulary cannot say what the ledger asks
+    monkeypatch.setattr("headwater.align.tasks.ledger", lambda model, tokenizer: {"copy": next(figures)})
     result = execute(load_recipe({"method": "weak_to_strong", **kit_fields(kit_llama), "epochs": 1.0}), run)
     model, tokenizer = (cls.from_pretrained(run / "model") for cls in (AutoModelForCausalLM, AutoTokenizer))
     said = json.loads((run / "model" / "verbaliser.json").read_text())
@@ -379,6 +381,7 @@ def test_property_a_llama_with_a_verbaliser_opens_without_us(kit_llama, tmp_path
         answer = max(said, key=lambda label: float(last[tokenizer.convert_tokens_to_ids(said[label])]))
         right.append(answer == item.answer)
     assert result.metrics["test/accuracy"] == pytest.approx(np.mean(right))
+    assert (result.metrics["ledger/copy_start"], result.metrics["ledger/copy"]) == (0.1, 0.2)
     assert "verbaliser.json" in (run / "model" / "README.md").read_text()
 
 

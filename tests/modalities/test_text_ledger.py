@@ -12,7 +12,7 @@ from headwater.modalities.text.docs import Document
 from headwater.modalities.text.ledger import NAMES, copy_tasks, ledger, ledger_metrics, pattern_tasks
 from headwater.modalities.text.score import bits_per_byte
 from headwater.modalities.text.tiny import PRESETS, tiny_llama
-from headwater.modalities.text.tokenizers import train_bpe
+from headwater.modalities.text.tokenizers import train_bpe, word_tokenizer
 
 TOKENIZER = train_bpe([f"{n} -> {n}\n the cat sat {n}" for n in range(100)], 400)
 DOCUMENTS = [Document(str(n), f"the cat sat on {n} mats and then {n} more") for n in range(30)]
@@ -95,6 +95,12 @@ def test_degenerate_what_cannot_be_measured_is_absent():
         "ledger/copy_start": 0.5,
         "ledger/copy": 0.25,
     }
+
+
+def test_degenerate_a_vocabulary_that_cannot_say_numbers_is_not_asked_for_them():
+    words = word_tokenizer(["the cat sat on a mat"])
+    model = tiny_llama(words, **PRESETS["nano"], context=256, generator_seed=0)
+    assert ledger(model, words, tasks=4) == {}
 
 
 def test_property_a_chat_model_is_asked_for_forms():

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -24,6 +24,7 @@ from headwater.core.recipe import Metrics, ModelRef
 from headwater.core.rng import derive_seed
 from headwater.modalities.text.class_inputs import ClassStream
 from headwater.modalities.text.classes import ClassModel, ClassObjective, open_class_model
+from headwater.modalities.text.ledger import ledger, ledger_metrics
 from headwater.modalities.text.soft_labels import SoftCrossEntropy, TargetLoss
 from headwater.modalities.text.verifiable import Item
 
@@ -276,18 +277,25 @@ class Judged:
         self.answers: dict[str, NDArray[np.float32]] = {}
         self.validation = 0.0
         self.before = 0.0
+        self.ledger: list[dict[str, float]] = []  # of a language model: before and after
 
     def start(self) -> None:
         """The strong model as it comes, with a new head at chance."""
         opened = self.task.open(self.task.recipe.model)
         opened.model.to(PartialState().device)
         self.before = self.task.accuracy(opened, self.test)
+        self._note_ledger(opened)
+
+    def _note_ledger(self, model: ClassModel) -> None:
+        if model.verbaliser is not None and model.tokenizer is not None:
+            self.ledger.append(ledger(cast(Any, model.model), model.tokenizer))  # Any: a causal language model
 
     def add(self, name: str, model: ClassModel, files: Sequence[str]) -> None:
         """Measure a model and save it under its name; it is moved off the device."""
         self.answers[name] = model.probabilities([item.prompt for item in self.test])
         if name == "model":
             self.validation = self.task.accuracy(model, self.task.validation)
+            self._note_ledger(model)
         home = self.task.run.path(name)
         model.save_pretrained(home)
         if model.verbaliser is not None:
@@ -314,6 +322,8 @@ class Judged:
             "validation/accuracy": self.validation,
         }
         metrics |= {f"{name}/accuracy": self.accuracy(name) for name in self.answers if name != "model"}
+        if len(self.ledger) == 2:
+            metrics |= ledger_metrics(*self.ledger)
         if "weak" in self.answers:
             same = agreement(self.answers["model"].argmax(1), self.answers["weak"].argmax(1), self.truth)
             parts = {"overall": same.overall, "weak_right": same.weak_right, "weak_wrong": same.weak_wrong}
