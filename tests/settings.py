@@ -186,6 +186,17 @@ METHODS: dict[str, Setting] = {
         opens=opens_beside_a_classifier,
         extra={"self_training": {"shares": [0.25, 0.5, 0.25]}},
     ),
+    "prompt_continued": Setting(
+        fixture="labelled_domain_fields",
+        opens=opens_beside_a_classifier,
+        extra={
+            "prompt_continued": {
+                "shares": [0.25, 0.5, 0.25],
+                "template": "{text} :{mask}",
+                "verbaliser": {"graph": "a", "node": "b", "edge": "c", "path": "d", "tree": "e", "flow": "f"},
+            }
+        },
+    ),
     "emulated_finetuning": Setting(
         fixture="emulated_fields",
         opens=runs_the_code_of_its_readme,

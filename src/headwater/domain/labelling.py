@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,10 +32,14 @@ from headwater.modalities.text.labelled_split import LabelledSplit, LabelledText
 from headwater.modalities.text.prepared import SplitCorpus, drop_repeats
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from headwater.core.objective import Objective
     from headwater.core.run import Run
     from headwater.modalities.text.classes import ClassModel
 
 __all__ = [
+    "Answering",
     "FineTuned",
     "LabelTask",
     "LabelledPretraining",
@@ -61,6 +65,29 @@ def clean_unlabelled(store: DocumentStore, held_out: Sequence[str]) -> tuple[Doc
     split = SplitCorpus(store, nothing, nothing, store.fingerprint, (1.0, 0.0, 0.0))
     clean, dropped = drop_repeats({"unlabelled": split}, {"labelled": written})
     return clean["unlabelled"].train, dropped
+
+
+class Answering(Protocol):
+    """A language model that is trained to answer with classes: through a head beside it, or in words of its own."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model, in adapters where there are any."""
+        ...
+
+    @property
+    def classes(self) -> ClassModel:
+        """It as a classifier."""
+        ...
+
+    @property
+    def objective(self) -> Objective:
+        """What ``fit`` minimises."""
+        ...
+
+    def whole(self) -> ClassModel:
+        """The classifier as it can be saved, adapters merged."""
+        ...
 
 
 class LabelTask:
@@ -94,14 +121,14 @@ class LabelTask:
             lora=recipe.lora,
         )
 
-    def phase(self, name: str, headed: HeadedModel, inputs: Inputs, targets: ArrayLike, *, share: float) -> Phase:
+    def phase(self, name: str, headed: Answering, inputs: Inputs, targets: ArrayLike, *, share: float) -> Phase:
         """Training of model and head on ``targets``, distributions ``(n, classes)``, for a share of the budget."""
         rows = max(1, int(self.recipe.batch_tokens / max(1.0, float(input_lengths(inputs).mean()))))
         seed = derive_seed(self.recipe.seed, name)
         stream = ClassStream(inputs, targets, rows=rows, seed=seed, pad=headed.classes.pad)
         return Phase(name, headed.model, stream, headed.objective, share)
 
-    def fine_tuning(self, name: str, headed: HeadedModel, *, share: float) -> Phase:
+    def fine_tuning(self, name: str, headed: Answering, *, share: float) -> Phase:
         """Training on the true labels."""
         inputs = headed.classes.encode(self.train.texts)
         return self.phase(name, headed, inputs, self.train.one_hot(len(self.labels)), share=share)
@@ -112,7 +139,7 @@ class LabelTask:
             return None
         return float((classes.probabilities(self.valid.texts).argmax(1) == self.valid.classes).mean())
 
-    def hand_in(self, role: Role, headed: HeadedModel) -> None:
+    def hand_in(self, role: Role, headed: Answering) -> None:
         """Give a finished classifier to the evaluator, which saves it and examines it on the test.
 
         Args:
@@ -131,7 +158,7 @@ class _Exam:
         self._confusion: dict[str, list[list[int]]] = {}
         self._valid: dict[Role, float] = {}
 
-    def take(self, role: Role, headed: HeadedModel) -> None:
+    def take(self, role: Role, headed: Answering) -> None:
         split, classes = self._split, headed.classes
         self.taken[role] = classes.probabilities(split.test.texts).argmax(1) == split.test.classes
         if len(split.valid):
@@ -141,8 +168,10 @@ class _Exam:
             np.add.at(table, (split.valid.classes, answers), 1)
             self._confusion[role] = table.tolist()
         home = self._run.path(_FOLDERS[role])
-        headed.whole().save_pretrained(home)
-        atomic_write_text(home / "README.md", _README.format(_FOLDERS[role], self._start, ", ".join(split.labels)))
+        whole = headed.whole()
+        whole.save_pretrained(home)
+        about = (_FOLDERS[role], self._start, ", ".join(split.labels), whole.opening)
+        atomic_write_text(home / "README.md", _README.format(*about))
 
     def metrics(self) -> Metrics:
         """Accuracies on the test, by the family's names; ``labelled.json`` holds each text's, and the confusions."""
@@ -168,10 +197,7 @@ _README = """# {}
 Fine-tuned from `{}`; answers with one of {}.
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model = AutoModelForSequenceClassification.from_pretrained(DIR)
-tokenizer = AutoTokenizer.from_pretrained(DIR)
+{}
 ```
 """
 

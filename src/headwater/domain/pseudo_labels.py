@@ -44,22 +44,21 @@ def class_inputs(documents: Sequence[Document], classes: ClassModel) -> StoredIn
 
     Args:
         documents: they may exceed memory.
-        classes: its tokenizer and ``max_tokens`` decide; it has a head of its own.
+        classes: its ``tokenise`` decides.
 
     Raises:
         ModelError: a document without a token, or a classifier without a tokenizer.
     """
     tokenizer = classes.tokenizer
-    if tokenizer is None or classes.label_ids is not None:
-        raise ModelError("texts are stored for classifiers with a tokenizer and a head; this one has not both.")
-    about = [fingerprint_of(documents), tokenizer_fingerprint(tokenizer), classes.max_tokens, "class inputs 1"]
+    if tokenizer is None:
+        raise ModelError("texts are stored for classifiers with a tokenizer; this one has none.")
+    about = [fingerprint_of(documents), tokenizer_fingerprint(tokenizer), classes.max_tokens, classes.reads]
     target = cache_dir("tokens") / cache_key(about)
 
     def batches() -> Iterator[Sequences]:
         stream = iter(documents)
         while batch := list(islice(stream, TOKENISED)):
-            texts = [document.text for document in batch]
-            found = tokenizer(texts, truncation=True, max_length=classes.max_tokens)["input_ids"]
+            found = classes.tokenise([document.text for document in batch])
             for document, ids in zip(batch, found, strict=True):
                 if not ids:
                     raise ModelError(f"document {document.id!r} has no token and cannot be judged; leave it out.")

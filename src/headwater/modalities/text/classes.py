@@ -36,6 +36,7 @@ __all__ = [
     "class_probabilities",
     "label_token_ids",
     "open_class_model",
+    "unwrapped",
 ]
 
 
@@ -68,10 +69,14 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor], label_ids: Seque
 
 
 def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+
+
+def unwrapped(model: nn.Module) -> Any:  # Any: a Hugging Face model, whose attributes nn.Module does not declare
+    """The Hugging Face model inside DDP, ``torch.compile`` and PEFT."""
     inner: Any = getattr(model, "module", model)  # Any: whatever stands around a model; module: under DDP
     inner = getattr(inner, "_orig_mod", inner)  # compiled
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
 
 
 def label_token_ids(
@@ -134,21 +139,40 @@ class ClassModel:
         Raises:
             ModelError: a text without a token.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ModelError("this model reads features; it has no tokenizer for texts.")
         fresh = [text for text in dict.fromkeys(texts) if text not in self._encoded]
-        if fresh and self.label_ids is None:
-            found = tokenizer(fresh, truncation=True, max_length=self.max_tokens)["input_ids"]
-        elif fresh:
-            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            ids = tokenizer(fresh, add_special_tokens=False, verbose=False)["input_ids"]
-            found = [[*start, *row[max(0, len(row) + len(start) - self.max_tokens) :]] for row in ids]
-        for text, ids in zip(fresh, found if fresh else [], strict=True):
+        found = self.tokenise(fresh) if fresh else []
+        for text, ids in zip(fresh, found, strict=True):
             if not ids:
                 raise ModelError(f"a text without a token cannot be judged: {text[:40]!r}; leave it out.")
             self._encoded[text] = ids
         return [self._encoded[text] for text in texts]
+
+    def tokenise(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as the model reads them; nothing is kept."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ModelError("this model reads features; it has no tokenizer for texts.")
+        if self.label_ids is None:
+            found: list[list[int]] = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+            return found
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*start, *row[max(0, len(row) + len(start) - self.max_tokens) :]] for row in rows]
+
+    @property
+    def reads(self) -> str:
+        """What ``tokenise`` does with a text, beside the tokenizer's part: it goes into the names of cached tokens."""
+        return "class inputs 1" if self.label_ids is None else "class inputs, before a word"
+
+    @property
+    def opening(self) -> str:
+        """Code that opens what ``save_pretrained`` wrote, in DIR."""
+        kind = "SequenceClassification" if self.label_ids is None else "CausalLM"
+        return (
+            f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+            f"model = AutoModelFor{kind}.from_pretrained(DIR)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(DIR)"
+        )
 
     @property
     def pad(self) -> int:
