@@ -247,19 +247,18 @@ def test_rejects_a_label_without_a_word_and_true_words_that_nobody_knows(causal:
 
 def test_learns_claim_runs_at_smoke_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import headwater.claims.prompt_continued as claim
-    from headwater.core.recipe import ModelRef
-    from headwater.modalities.text.bases import Base, trained_base
+    from headwater.modalities.text.bases import Base
 
-    small = trained_base(
-        Base(corpus="headwater:networkx", kind="masked", hidden=16, layers=1, heads=2, mlp=32, steps=2)
-    )
-    monkeypatch.setattr(claim, "BASE", ModelRef(name=str(small)))
+    small = Base(corpus="headwater:networkx", kind="masked", hidden=16, layers=1, heads=2, mlp=32, steps=2)
+    monkeypatch.setitem(claim.BASES, "smoke", small)
     monkeypatch.setitem(claim.TOKENS, "smoke", 15_000)
-    claim._prompt.cache_clear()
+    for made in (claim._prompt, claim._base):
+        made.cache_clear()
     try:
         measured = CLAIM.measure("smoke", 100, tmp_path / "seed")
     finally:
-        claim._prompt.cache_clear()
+        for made in (claim._prompt, claim._base):
+            made.cache_clear()
     assert judge(CLAIM, "smoke", {100: measured})["verdict"] == "inconclusive"
     for arm in ARMS:
         assert np.mean(measured.items[arm]["accuracy"]) == pytest.approx(measured.arms[arm]["accuracy"])

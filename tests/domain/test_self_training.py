@@ -320,6 +320,7 @@ def test_rejects_a_teacher_that_never_says_a_class() -> None:
 # -- the claim
 
 
+@pytest.mark.slow  # half a minute; the contract suite holds the claim's form
 def test_learns_claim_runs_at_smoke_scale(tmp_path: Path) -> None:
     measured = CLAIM.measure("smoke", 100, tmp_path)
     verdict = judge(CLAIM, "smoke", {100: measured})
