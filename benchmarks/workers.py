@@ -2,8 +2,8 @@
 
     python -m benchmarks.workers
 
-Wall time of ``compare`` on a small comparison of continued pretraining, at least two cores. With one worker a run may
-use all cores; with two, each has half of them.
+Wall time of ``compare`` on a small comparison of continued pretraining, four runs, at least two cores. With one worker
+a run may use all cores; with two, each has half of them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ FIELDS: dict[str, Any] = {
         "model": "headwater:demo-base",
         "domain": "headwater:networkx",
         "general": "headwater:general",
-        "budget": {"tokens": 65_536},
+        "budget": {"tokens": 32_768},
         "batch_tokens": 4_096,
-        "eval_chars": 40_000,
+        "eval_chars": 20_000,
         "eval_at": [1.0],
         "optim": {"lr": 3e-3},
         "fit": {"precision": "fp32"},
     },
-    "seeds": [0, 1],
-    "without": ["frozen"],
-    "contestants": {"replay-half": {"method": "plain", "replay": 0.5}},
+    "seeds": [0],
+    "without": ["frozen", "scratch"],
+    "contestants": {f"replay-{share}": {"method": "plain", "replay": share / 100} for share in (50, 75)},
 }
 
 
