@@ -168,6 +168,36 @@ def adapt_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, obj
 
 
 @pytest.fixture(scope="session")
+def tuned_fields(tiny_masked: Path, labelled: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any method that trains a classifier run in about a second."""
+    return {
+        "model": str(tiny_masked),
+        "train": str(labelled["train"]),
+        "test": str(labelled["test"]),
+        "batch_size": 8,
+        "budget": {"steps": 6},
+        "optim": {"lr": 3e-3},
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def text_to_text_fields(tiny_causal: Path, labelled: dict[str, Path]) -> dict[str, object]:
+    """Fields that make any method whose answers are written run in a few seconds."""
+    return {
+        "model": str(tiny_causal),
+        "train": str(labelled["train"]),
+        "test": str(labelled["test"]),
+        "max_source": 56,
+        "max_target": 4,
+        "batch_size": 8,
+        "budget": {"steps": 6},
+        "optim": {"lr": 3e-3},
+        "fit": {"precision": "fp32", "checkpoint_every": 2},
+    }
+
+
+@pytest.fixture(scope="session")
 def continual_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make any learner of the stage ``continual`` run in about a second."""
     stream = {"data": str(labelled["train"]), "test": str(labelled["test"]), "increment": 2}

@@ -1,4 +1,7 @@
-"""What every head is held against: scikit-learn's classifiers on the same features.
+"""What the methods of the stage are held against: scikit-learn's classifiers on the same features, and plain training.
+
+``FineTuning`` of texts to classes stands in ``adapt.tuned``; ``TextFineTuning`` here is its counterpart for answers
+that are written.
 
 The names of ``SklearnHead.estimator``::
 
@@ -10,6 +13,7 @@ The names of ``SklearnHead.estimator``::
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -23,11 +27,13 @@ from sklearn.neighbors import NearestCentroid
 
 from headwater.adapt.arrays import log_softmax
 from headwater.adapt.base import AdaptTask, Head, HeadRecipe
+from headwater.adapt.text_to_text import TextTask, TextToText, Written
+from headwater.core.fit import Phase, Trained
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["STRENGTHS", "NearestMean", "SklearnHead", "cross_validated_logistic_regression"]
+__all__ = ["STRENGTHS", "NearestMean", "SklearnHead", "TextFineTuning", "cross_validated_logistic_regression"]
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Values of C, the inverse strength of the penalty, among which cross-validation chooses."""
@@ -112,3 +118,15 @@ class SklearnHead(HeadRecipe):
             with np.errstate(divide="ignore", invalid="ignore"):  # one example a class: 0 / 0, see NearestMean
                 head = NearestMean(priors=self.prior).fit(X, y)
         return head
+
+
+class TextFineTuning(TextToText):
+    """Reference: fine-tuning by maximum likelihood, of all weights or of LoRA adapters."""
+
+    id: ClassVar[str] = "text_finetuning"
+
+    def phases(self, task: TextTask) -> Generator[Phase, Trained, Written]:
+        """One phase."""
+        model = task.open()
+        yield task.phase("finetune", model, share=1.0)
+        return Written(model)

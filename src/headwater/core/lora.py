@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -25,19 +26,26 @@ class LoraSpec(Spec):
     )
 
 
-def add_lora(model: nn.Module, spec: LoraSpec, *, seed: int) -> nn.Module:
-    """Wrap ``model`` in a PEFT model whose only trainable weights are new adapters.
+def add_lora(model: nn.Module, spec: LoraSpec, *, seed: int, whole: Sequence[str] = ()) -> nn.Module:
+    """Wrap ``model`` in a PEFT model whose only trainable weights are new adapters, and modules trained whole.
 
     Args:
         model: a Hugging Face model; its own weights are frozen in place.
         spec: the adapters.
         seed: of the adapters' initialisation; the global generator is left as it was.
+        whole: names of modules that are trained and saved whole, such as a new head.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets)
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        modules_to_save=list(whole) or None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped: nn.Module = get_peft_model(model, config)
