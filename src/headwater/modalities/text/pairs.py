@@ -162,6 +162,8 @@ class PairModel:
 
     def encode(self, pairs: Pairs) -> list[Encoded]:
         """Tokens of pairs; see the module for what is cut."""
+        if not len(pairs):
+            return []  # tokenizers fail on nothing
         targets = [self.join + target for target in pairs.targets] if self.kind == "causal" else list(pairs.targets)
         sources = self.encode_sources(pairs.sources)
         if self.kind == "seq2seq":
@@ -173,6 +175,8 @@ class PairModel:
 
     def encode_sources(self, sources: Sequence[str]) -> list[list[int]]:
         """Tokens of sources alone."""
+        if not sources:
+            return []
         if self.kind == "seq2seq":
             found: list[list[int]] = self.tokenizer(list(sources), truncation=True, max_length=self.max_source)[
                 "input_ids"
