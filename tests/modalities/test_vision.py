@@ -62,6 +62,21 @@ def test_property_the_backbone_follows_the_seed_and_leaves_the_global_generator(
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_property_wrong_labels_spoil_the_backbone_by_their_share_and_none_change_nothing():
+    asked = digits("validation", SEEN)
+
+    def told_apart(backbone):  # share of the features' variance that lies between the true classes
+        with torch.no_grad():
+            X = backbone(torch.from_numpy(asked.images)).numpy()
+        means = np.stack([X[asked.labels == label].mean(0) for label in range(30)])[asked.labels]
+        return ((means - X.mean(0)) ** 2).sum() / ((X - X.mean(0)) ** 2).sum()
+
+    none, some, all_wrong = (digits_backbone(0, wrong_labels=share) for share in (0, 0.3, 1))
+    assert torch.equal(none[0].weight, digits_backbone(0)[0].weight)
+    assert torch.equal(some[0].weight, digits_backbone(0, wrong_labels=0.3)[0].weight)
+    assert told_apart(none) > told_apart(some) + 0.1 > told_apart(all_wrong) + 0.2
+
+
 def test_learns_to_tell_held_out_digits_apart():
     backbone, (train, test) = digits_backbone(0), (digits(part, SEEN) for part in ("pretrain", "validation"))
     with torch.no_grad():
@@ -76,6 +91,7 @@ def test_learns_to_tell_held_out_digits_apart():
     [
         (lambda: digits("train", ()), "at least one and all different"),
         (lambda: digits("train", ("mirror", "mirror")), "all different"),
+        (lambda: digits_backbone(0, wrong_labels=1.5), r"wrong_labels must be in \[0, 1\]; got 1.5"),
         (lambda: digits("dev", ("mirror",)), "one of pretrain, train, validation, test; got 'dev'"),
     ],
 )

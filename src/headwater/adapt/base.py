@@ -39,7 +39,18 @@ if TYPE_CHECKING:
 
     from headwater.core.run import Run
 
-__all__ = ["FAMILY", "AdaptRecipe", "AdaptTask", "Adapted", "FittedHead", "Head", "HeadRecipe", "head_arrays"]
+__all__ = [
+    "FAMILY",
+    "AdaptRecipe",
+    "AdaptTask",
+    "Adapted",
+    "FittedHead",
+    "Head",
+    "HeadRecipe",
+    "WrittenHead",
+    "head_arrays",
+    "head_files",
+]
 
 SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -222,6 +233,16 @@ class Head(Protocol):
         """Log-probabilities, ``(n, classes)``."""
 
 
+class WrittenHead(Head, Protocol):
+    """A head that is more than one linear map: it says itself what it predicts by, and how."""
+
+    def arrays(self) -> Mapping[str, Mapping[str, NDArray[Any]]]:  # Any: a float dtype
+        """Named arrays for each file to write; ``head`` stands for ``head.safetensors``."""
+
+    def usage(self) -> str:
+        """How to predict by them without us: the last paragraphs of ``README.md``."""
+
+
 class HeadRecipe(AdaptRecipe):
     """Family within ``adapt``: a classifier on features of the frozen model; one hook, ``head``.
 
@@ -269,33 +290,49 @@ class FittedHead:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that the head predicts by."""
-        return sum(array.size for array in head_arrays(self.head).values())
+        return sum(array.size for arrays in head_files(self.head).values() for array in arrays.values())
 
     def predict_scores(self, inputs: NDArray[Any]) -> NDArray[Any]:  # Any: features; a float dtype
         """Log-probabilities, ``(n, classes)``."""
         return np.asarray(self.head.predict_log_proba(inputs))
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write ``head.safetensors``, ``head.json`` and ``README.md``."""
-        arrays = head_arrays(self.head)
-        with atomic_path(directory / "head.safetensors") as path:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        """Write ``head.safetensors`` or what files the head asks for, ``head.json`` and ``README.md``."""
+        files = head_files(self.head)
+        for stem, arrays in files.items():
+            with atomic_path(directory / f"{stem}.safetensors") as path:
+                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
         said = {"format": 1, "kind": type(self.head).__name__, **self.about}
         atomic_write_text(directory / "head.json", json.dumps(said, indent=2) + "\n")
-        width = next(iter(arrays.values())).shape[-1]
-        held = ", ".join(f"`{name}` {array.shape}" for name, array in arrays.items())
+        held = [
+            f"`{stem}.safetensors` holds " + ", ".join(f"`{name}` {array.shape}" for name, array in arrays.items())
+            for stem, arrays in files.items()
+        ]
         atomic_write_text(
             directory / "README.md",
             _README.format(
                 kind=said["kind"],
                 classes=len(self.about["labels"]),
-                held=held,
+                held="; ".join(held),
                 model=self.about["model"],
                 tokens="all tokens" if self.about["max_tokens"] is None else f"{self.about['max_tokens']} tokens",
                 length=", scaled to unit length" if self.about["unit_length"] else "",
-                use=_LINEAR.format(width, len(self.about["labels"])) if "weight" in arrays else _OTHER,
+                use=_usage(self.head, files),
             ),
         )
+
+
+def head_files(head: Head) -> Mapping[str, Mapping[str, NDArray[Any]]]:  # Any: a float dtype
+    """What a fitted head predicts by, for each file to write: a ``WrittenHead`` says it, others have ``head`` alone."""
+    own = getattr(head, "arrays", None)
+    return {"head": head_arrays(head)} if own is None else own()
+
+
+def _usage(head: Any, files: Mapping[str, Mapping[str, NDArray[Any]]]) -> str:  # Any: with or without `usage`
+    if hasattr(head, "usage"):
+        return str(head.usage())
+    weight = files["head"].get("weight")
+    return _OTHER if weight is None else _LINEAR.format(weight.shape[1], weight.shape[0])
 
 
 def head_arrays(head: Head) -> dict[str, NDArray[Any]]:  # Any: a float dtype
@@ -316,7 +353,7 @@ def head_arrays(head: Head) -> dict[str, NDArray[Any]]:  # Any: a float dtype
 
 _README = """# A head on frozen features
 
-A {kind} for {classes} classes, which `head.json` names in the order of their indices. `head.safetensors` holds {held}.
+A {kind} for {classes} classes, which `head.json` names in the order of their indices. {held}.
 
 Features: `{model}`, up to {tokens} of each text, one vector as the checkpoint pools them (else the mean over tokens, or
 the last token of a decoder){length}. `headwater.modalities.features.extract_features` makes them.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from headwater.core.order import permutation
-from headwater.core.rng import derive_seed, hash_normal, torch_generator
+from headwater.core.rng import derive_seed, hash_integers, hash_normal, hash_uniform, torch_generator
 
 __all__ = ["SEEN", "Digits", "Gap", "Guise", "digits", "digits_backbone"]
 
@@ -89,16 +89,23 @@ def _in_guise(images: NDArray[Any], guise: Guise) -> NDArray[Any]:  # Any: a flo
     return np.rot90(images, int(guise.removeprefix("rot")) // 90, axes=(1, 2))
 
 
-def digits_backbone(seed: int, *, epochs: int = 20) -> nn.Sequential:
+def digits_backbone(seed: int, *, epochs: int = 20, wrong_labels: float = 0.0) -> nn.Sequential:
     """Pretrain a multilayer perceptron 64-128-64 to tell digits at 0, 90 and 180 degrees apart, thirty classes.
 
     Args:
         seed: of weights and order; the global generator is neither read nor moved.
         epochs: passes over the 1800 images.
+        wrong_labels: share of them, in expectation, that are given another class, any of the 29 alike; those wrong at
+            a smaller share are the same and as wrong at a larger one.
 
     Returns:
         From ``(batch, 64)`` pixels to ``(batch, 64)`` features, in evaluation mode, on the CPU. Under a second.
+
+    Raises:
+        ValueError: ``wrong_labels`` is no share.
     """
+    if not 0 <= wrong_labels <= 1:
+        raise ValueError(f"wrong_labels must be in [0, 1]; got {wrong_labels}.")
     data = digits("pretrain", SEEN)
     generator = torch_generator(seed, "digits backbone")
     # A layer's own initialisation would draw from the global generator.
@@ -108,7 +115,11 @@ def digits_backbone(seed: int, *, epochs: int = 20) -> nn.Sequential:
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
     backbone, head = nn.Sequential(layers[0], nn.ReLU(), layers[1]), layers[2]
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    which, classes, key = np.arange(len(data.labels)), len(data.label_names), derive_seed(seed, "wrong labels")
+    wrong = hash_uniform(key, which, 1)[:, 0] < wrong_labels
+    shift = hash_integers(key, which, 1, 1, classes, stream=1)[:, 0]
+    images = torch.from_numpy(data.images)
+    labels = torch.from_numpy(np.where(wrong, (data.labels + shift) % classes, data.labels))
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=2e-3)
     for epoch in range(epochs):
         order = torch.from_numpy(permutation(derive_seed(seed, "digits backbone"), epoch, len(labels)))
