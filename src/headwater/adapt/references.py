@@ -13,7 +13,7 @@ The names of ``SklearnHead.estimator``::
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -43,19 +43,21 @@ def cross_validated_logistic_regression(
     X: NDArray[Any],  # Any: a float dtype
     y: NDArray[np.int64],
     prior: Literal["uniform", "empirical"] = "uniform",
+    strengths: Sequence[float] = STRENGTHS,
 ) -> LogisticRegression:
-    """Multinomial logistic regression with the C of ``STRENGTHS`` that is best in 5-fold cross-validation.
+    """Multinomial logistic regression with the C that is best in 5-fold cross-validation.
 
     Args:
         X: features, ``(n, D)``.
         y: class indices, ``(n,)``. With k < 5 examples of the rarest class there are k folds; with one, C is 1.
         prior: ``uniform`` weighs classes so that all count alike.
+        strengths: values of C to choose among; of equally good ones the first.
     """
     model = LogisticRegression(max_iter=1000, class_weight="balanced" if prior == "uniform" else None)
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     if folds < 2:
         return model.fit(X, y)
-    return GridSearchCV(model, {"C": STRENGTHS}, cv=folds).fit(X, y).best_estimator_
+    return GridSearchCV(model, {"C": list(strengths)}, cv=folds).fit(X, y).best_estimator_
 
 
 class NearestMean(NearestCentroid):  # type: ignore[misc]  # scikit-learn has no annotations

@@ -162,7 +162,8 @@ class ClassMoments:
         residual = means[code]
         residual -= chunk  # in place, and of the other sign, which no square sees
         if self.kind == "diag":
-            return _group_sums(residual * residual, code, len(counts))
+            residual *= residual
+            return _group_sums(residual, code, len(counts))
         if self.kind == "pooled":
             return residual.T @ residual
         # Per class the work is n_c D^2, which hides the loop; the rows are sorted once, not masked for each class.
