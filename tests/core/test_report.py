@@ -192,6 +192,18 @@ def test_property_answer_comes_first_and_every_section_is_there(made: Path) -> N
     assert "Samples" not in text
 
 
+def test_property_curves_are_headed_by_what_the_family_says_of_them(directory: Path) -> None:
+    stored = directory / "leaderboard.json"
+    board = json.loads(stored.read_text())
+    for words in ("Measured on Sundays", None):
+        board["family"]["on_the_way"] = words
+        if words is None:  # written before families said it
+            del board["family"]["on_the_way"]
+        stored.write_text(json.dumps(board))
+        text = Page(write_report(directory).read_text()).text
+        assert (words or "Measured on a validation sample while training") in text
+
+
 def test_property_user_text_appears_only_where_a_run_kept_samples(directory: Path) -> None:
     (run,) = directory.glob("runs/good/seed-0-*")
     (run / "samples.json").write_text(json.dumps([{"prompt": "Once <i>", "text": " upon a time"}]))

@@ -246,13 +246,24 @@ class WrittenHead(Head, Protocol):
 class HeadRecipe(AdaptRecipe):
     """Family within ``adapt``: a classifier on features of the frozen model; one hook, ``head``.
 
-    Every head is given the same features, computed once and kept in the user cache.
+    Every head is given the same features, computed once and kept in the user cache. With ``at_shots`` it leaves
+    ``trajectory.json``, which the report of a comparison draws.
     """
 
     normalize: bool = Field(default=True, description="scale each feature vector to unit length")
     prior: Literal["uniform", "empirical"] = Field(
         default="uniform", description="of the classes: all alike, or as frequent as in the training examples"
     )
+    at_shots: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(),
+        description="also fit and test the head with so many examples per class, those of `shots` first; for curves",
+    )
+
+    @model_validator(mode="after")
+    def _at_shots_among_shots(self) -> Self:
+        if self.shots is not None and self.at_shots and max(self.at_shots) > self.shots:
+            raise ValueError(f"at_shots: {max(self.at_shots)} is more than shots, {self.shots}, whose labels are paid")
+        return self
 
     @abstractmethod
     def head(self, task: AdaptTask, run: Run) -> Head:
@@ -261,6 +272,26 @@ class HeadRecipe(AdaptRecipe):
     def load(self) -> TaskData:
         """The data that the fields name, as features."""
         return encode_task(super().load(), self.model, max_tokens=self.max_tokens, normalize=self.normalize)
+
+    def run_on(self, data: TaskData, run: Run) -> Metrics:
+        """As every adaptation; with ``at_shots``, accuracy, calibration error and seconds over shots besides."""
+        if self.at_shots:  # first, so that what a head writes down is that of the run's own shots
+            run.write_json("trajectory.json", {"x": "examples per class", "series": self._over_shots(data, run)})
+        return super().run_on(data, run)
+
+    def _over_shots(self, data: TaskData, run: Run) -> dict[str, list[tuple[int, float]]]:
+        series: dict[str, list[tuple[int, float]]] = {axis.metric: [] for axis in FAMILY.trajectories}
+        for shots in sorted(set(self.at_shots)):
+            train = data.train.take(sample_shots(data.train.labels, shots, self.seed))
+            begin = time.perf_counter()
+            adapted = self.adapt(AdaptTask(data, train, self), run)
+            seconds = time.perf_counter() - begin
+            scores = _scores(adapted, "test", data.test, len(data.label_names))
+            measured = {f"id/{name}": value for name, value in evaluate(scores, data.test.labels).items()}
+            measured["cost/fit_seconds"] = seconds
+            for metric, points in series.items():
+                points.append((shots, measured[metric]))
+        return series
 
     def adapt(self, task: AdaptTask, run: Run) -> FittedHead:
         """Fit the head."""
@@ -387,4 +418,10 @@ FAMILY = Family(
         "nearest-centroid": {"method": "sklearn_head", "estimator": "nearest_centroid", "tune": {}},
     },
     baseline="logistic-regression",
+    trajectories=(
+        Axis("id/accuracy", "Accuracy", "higher"),
+        Axis("id/ece", "Calibration error", "lower"),
+        Axis("cost/fit_seconds", "Fit", "lower", "s"),
+    ),
+    on_the_way="Measured on the test examples, after fits to the first of the training examples",
 )

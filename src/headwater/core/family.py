@@ -55,6 +55,7 @@ class Family:
         baseline: the reference that rows are tested against.
         tie: a loss below this on an axis counts as none when dominance is judged, in the axis' unit.
         trajectories: drawn against what the run consumed.
+        on_the_way: says above them what they were measured on, and when.
     """
 
     stage: str
@@ -67,6 +68,7 @@ class Family:
     baseline: str
     tie: float = 0.005
     trajectories: tuple[Axis, ...] = ()
+    on_the_way: str = "Measured on a validation sample while training"
 
     def __post_init__(self) -> None:
         if self.price is not None and self.price.better != "lower":
