@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, model_validator
 from safetensors.numpy import save_file
 
-from headwater.adapt.data import Examples, TaskData, docstring_task, encode_task, read_task
+from headwater.adapt.data import Examples, InputKind, TaskData, docstring_task, encode_task, read_task
 from headwater.adapt.metrics import evaluate
 from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.family import Axis, Family
@@ -32,10 +32,10 @@ from headwater.core.leak import Sealed
 from headwater.core.recipe import DataRef, Metrics, ModelRef, Name, Recipe
 from headwater.core.sampling import sample_shots
 from headwater.modalities.text.labelled import DOCSTRINGS, open_encoder
+from headwater.modalities.vision.labelled import open_image_encoder
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from headwater.core.run import Run
 
@@ -86,7 +86,7 @@ class AdaptTask:
         self.ood = Sealed("the shifted test sets")
         self._validation = data.validation
         self._validation_seen = False
-        self._model = recipe.model
+        self._model, self._modality = recipe.model, recipe.modality
 
     @property
     def validation(self) -> Examples:
@@ -106,23 +106,42 @@ class AdaptTask:
         seen = self._validation if self._validation_seen and self._validation is not None else ()
         return len(self.train) + len(seen)
 
-    def encoder(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """A fresh copy of the recipe's model without a head, in evaluation mode, and its tokenizer."""
-        return open_encoder(self._model)
+    def encoder(self) -> tuple[nn.Module, Any]:  # Any: tokenizers and image processors have no common type
+        """A fresh copy of the recipe's model without a head, in evaluation mode, and what makes its inputs.
+
+        That is a tokenizer for texts, an image processor for images, and both in one for a dual encoder on images.
+
+        Raises:
+            ModelError: the model, or what makes its inputs, cannot be opened.
+        """
+        if self._modality == "text":
+            return open_encoder(self._model)
+        model, processor = open_image_encoder(self._model)
+        if hasattr(model, "get_text_features"):
+            from transformers import AutoProcessor
+
+            from headwater.modalities.models import model_directory
+
+            ref = self._model
+            processor = AutoProcessor.from_pretrained(
+                model_directory(ref), revision=ref.revision, trust_remote_code=ref.trust_remote_code
+            )
+        return model, processor
 
 
 class AdaptRecipe(Recipe):
     """Family of the stage ``adapt``: one hook, ``adapt``."""
 
+    modality: InputKind = Field(default="text", description="what the examples are")
     model: ModelRef = Field(description="the pretrained encoder: Hub name, local directory or builtin")
     train: DataRef = Field(
         default=DataRef(name=DOCSTRINGS),
-        description="labelled training texts; the builtin brings its own validation and test",
+        description="labelled training examples; the builtin brings its own validation and test",
     )
     test: DataRef | None = Field(
-        default=None, description="labelled test texts; required unless `train` is the builtin"
+        default=None, description="labelled test examples; required unless `train` is the builtin"
     )
-    validation: DataRef | None = Field(default=None, description="labelled texts for choosing hyperparameters")
+    validation: DataRef | None = Field(default=None, description="labelled examples for choosing hyperparameters")
     ood: dict[SetName, DataRef] = Field(
         default={}, description="shifted test sets with the same labels, by name: ood/NAME/accuracy"
     )
@@ -139,6 +158,8 @@ class AdaptRecipe(Recipe):
     @model_validator(mode="after")
     def _test_given(self) -> Self:
         if self.train.name == DOCSTRINGS:
+            if self.modality != "text":
+                raise ValueError(f"{DOCSTRINGS!r} holds texts; name labelled images in `train` and `test`")
             given = [name for name in ("test", "validation", "ood", "label_texts") if getattr(self, name)]
             plain = DataRef(name=DOCSTRINGS)
             given += [f"train.{name}" for name, value in self.train if value != getattr(plain, name)]
@@ -148,7 +169,7 @@ class AdaptRecipe(Recipe):
                     + ", ".join(given)
                 )
         elif self.test is None:
-            raise ValueError("`test` is missing: name the labelled texts that the method is evaluated on")
+            raise ValueError(f"`test` is missing: name the labelled {self.modality}s that the method is evaluated on")
         return self
 
     @abstractmethod
@@ -163,7 +184,7 @@ class AdaptRecipe(Recipe):
         """The data that the fields name."""
         if self.test is None:
             return docstring_task()
-        return read_task(self.train, self.test, self.validation, self.ood, self.label_texts)
+        return read_task(self.train, self.test, self.validation, self.ood, self.label_texts, modality=self.modality)
 
     def run_on(self, data: TaskData, run: Run) -> Metrics:
         """Adapt, evaluate, save; for data of your own as well.
@@ -271,7 +292,13 @@ class HeadRecipe(AdaptRecipe):
 
     def load(self) -> TaskData:
         """The data that the fields name, as features."""
-        return encode_task(super().load(), self.model, max_tokens=self.max_tokens, normalize=self.normalize)
+        return encode_task(
+            super().load(),
+            self.model,
+            modality=self.modality,
+            max_tokens=self.max_tokens,
+            normalize=self.normalize,
+        )
 
     def run_on(self, data: TaskData, run: Run) -> Metrics:
         """As every adaptation; with ``at_shots``, accuracy, calibration error and seconds over shots besides."""
@@ -298,6 +325,7 @@ class HeadRecipe(AdaptRecipe):
         if task.train.inputs.ndim != 2:
             raise ValueError(f"{self.id} reads features (n, D); got inputs of shape {task.train.inputs.shape}.")
         about = {
+            "modality": self.modality,
             "model": str(self.model),
             "max_tokens": self.max_tokens,
             "unit_length": self.normalize,
@@ -312,7 +340,7 @@ class FittedHead:
 
     Attributes:
         head: the fitted classifier.
-        about: ``model``, ``max_tokens`` and ``unit_length`` of the features; ``labels``, the class names.
+        about: ``modality``, ``model``, ``max_tokens`` and ``unit_length`` of the features; ``labels``, the class names.
     """
 
     head: Head
@@ -339,6 +367,8 @@ class FittedHead:
             f"`{stem}.safetensors` holds " + ", ".join(f"`{name}` {array.shape}" for name, array in arrays.items())
             for stem, arrays in files.items()
         ]
+        tokens = "all tokens" if self.about["max_tokens"] is None else f"up to {self.about['max_tokens']} tokens"
+        made = _OF_IMAGES if self.about["modality"] == "image" else _OF_TEXTS.format(tokens)
         atomic_write_text(
             directory / "README.md",
             _README.format(
@@ -346,7 +376,7 @@ class FittedHead:
                 classes=len(self.about["labels"]),
                 held="; ".join(held),
                 model=self.about["model"],
-                tokens="all tokens" if self.about["max_tokens"] is None else f"{self.about['max_tokens']} tokens",
+                made=made,
                 length=", scaled to unit length" if self.about["unit_length"] else "",
                 use=_usage(self.head, files),
             ),
@@ -386,10 +416,13 @@ _README = """# A head on frozen features
 
 A {kind} for {classes} classes, which `head.json` names in the order of their indices. {held}.
 
-Features: `{model}`, up to {tokens} of each text, one vector as the checkpoint pools them (else the mean over tokens, or
-the last token of a decoder){length}. `headwater.modalities.features.extract_features` makes them.
+Features: `{model}`, {made}{length}. `headwater.modalities.features.extract_features` makes them.
 
 {use}"""
+_OF_TEXTS = """{} of each text, one vector as the checkpoint pools them (else the mean over tokens, or
+the last token of a decoder)"""
+_OF_IMAGES = """each image as the checkpoint's image processor makes it, one vector: the projected features of a
+dual encoder; else the pooled output; else the class token; else the mean over patches or positions"""
 _LINEAR = """    import torch
     from safetensors.torch import load_file
     head = torch.nn.Linear({}, {})

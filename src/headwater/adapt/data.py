@@ -1,4 +1,4 @@
-"""What an adaptation recipe reads: labelled texts, as they are or as features of a frozen encoder."""
+"""What an adaptation recipe reads: labelled texts or images, as they are or as features of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from headwater.modalities.text.docs import CorpusError, Document, drop_overlap
 from headwater.modalities.text.docstrings import docstring_dataset
 from headwater.modalities.text.labelled import text_array
 from headwater.modalities.text.sources import open_labelled
+from headwater.modalities.vision.labelled import encode_images, open_labelled_images, pixel_digest
 
-__all__ = ["Examples", "TaskData", "docstring_task", "encode_task", "read_task"]
+__all__ = ["Examples", "InputKind", "TaskData", "docstring_task", "encode_task", "read_task"]
+
+InputKind = Literal["text", "image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +30,11 @@ class Examples:
     """Labelled inputs.
 
     Attributes:
-        inputs: texts ``(n,)``, dtype object; or features ``(n, D)``.
+        inputs: texts, or images as encoded files, ``(n,)``, dtype object; or features ``(n, D)``.
         labels: class indices, ``(n,)`` int64.
     """
 
-    inputs: NDArray[Any]  # Any: texts or floats
+    inputs: NDArray[Any]  # Any: texts, encoded files or floats
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -131,25 +134,30 @@ def read_task(
     validation: DataRef | None = None,
     ood: Mapping[str, DataRef] | None = None,
     label_texts: Mapping[str, str] | None = None,
+    *,
+    modality: InputKind = "text",
 ) -> TaskData:
-    """Read labelled texts; classes are the labels of the training set, sorted.
+    """Read labelled texts or images; classes are the labels of the training set, sorted.
 
-    Training texts that repeat a held-out one, exactly or nearly, are left out and counted.
+    Training examples that repeat a held-out one are left out and counted: a text that does so exactly or nearly, an
+    image whose pixels do so exactly.
 
     Args:
-        train: texts to learn from.
-        test: texts for the figures.
-        validation: texts for choosing hyperparameters.
+        train: examples to learn from.
+        test: examples for the figures.
+        validation: examples for choosing hyperparameters.
         ood: shifted test sets by name.
         label_texts: descriptions by label; the label itself where there is none.
+        modality: what the examples are; ``open_labelled`` and ``open_labelled_images`` say from where.
 
     Raises:
-        CorpusError: nothing there, fewer than two classes, a label or description that no training text has, or a
-            class of which every training text repeats a held-out one.
+        CorpusError: nothing there, fewer than two classes, a label or description that no training example has, or a
+            class of which every training example repeats a held-out one.
     """
     refs = {"train": train, "test": test} | ({"validation": validation} if validation else {})
     refs |= {f"ood.{name}": ref for name, ref in (ood or {}).items()}
-    read = {role: open_labelled(ref, role=role) for role, ref in refs.items()}
+    opened = open_labelled_images if modality == "image" else open_labelled
+    read = {role: opened(ref, role=role) for role, ref in refs.items()}
     names = sorted(set(read["train"][1]))
     if len(names) < 2:
         raise CorpusError(f"train: a classifier needs two classes; found {', '.join(map(repr, names)) or 'none'}.")
@@ -157,16 +165,17 @@ def read_task(
     for role, (_, labels) in read.items():
         if unknown := sorted(set(labels) - set(code)):
             raise CorpusError(
-                f"{role}: no training text has the label {unknown[0]!r}; labels: {', '.join(names)[:200]}."
+                f"{role}: no training {modality} has the label {unknown[0]!r}; labels: {', '.join(names)[:200]}."
             )
     if unknown := sorted(set(label_texts or {}) - set(code)):
-        raise CorpusError(f"label_texts: no training text has the label {unknown[0]!r}.")
+        raise CorpusError(f"label_texts: no training {modality} has the label {unknown[0]!r}.")
     parts = {role: Examples(text_array(texts), np.array([code[x] for x in y])) for role, (texts, y) in read.items()}
     fingerprint = _fingerprint([parts[role] for role in sorted(parts)])
-    kept = _without_overlap(parts, fingerprint)
+    kept = _without_overlap(parts, fingerprint, modality)
     clean = parts["train"].take(kept)
     if emptied := sorted(set(range(len(names))) - set(clean.labels.tolist())):
-        raise CorpusError(f"train: every text labelled {names[emptied[0]]!r} repeats one of a test or validation set.")
+        label = names[emptied[0]]
+        raise CorpusError(f"train: every {modality} labelled {label!r} repeats one of a test or validation set.")
     return TaskData(
         train=clean,
         test=parts["test"],
@@ -179,12 +188,20 @@ def read_task(
     )
 
 
-def encode_task(data: TaskData, encoder: ModelRef, *, max_tokens: int | None = 128, normalize: bool = True) -> TaskData:
+def encode_task(
+    data: TaskData,
+    encoder: ModelRef,
+    *,
+    modality: InputKind = "text",
+    max_tokens: int | None = 128,
+    normalize: bool = True,
+) -> TaskData:
     """The same task with features of a frozen encoder as inputs, computed once and kept in the user cache.
 
     Args:
-        data: inputs are texts.
-        encoder: a text model.
+        data: inputs are texts or encoded images.
+        encoder: a model that reads those, without its head; of a dual encoder, the tower that does.
+        modality: what the inputs are.
         max_tokens: tokens of each text that it reads; ``None`` for as many as it can.
         normalize: scale each feature vector to unit length.
 
@@ -192,26 +209,43 @@ def encode_task(data: TaskData, encoder: ModelRef, *, max_tokens: int | None = 1
         ValueError: see ``extract_features``.
     """
     roles, parts = zip(*data.parts(), strict=True)
-    texts = [text for part in parts for text in part.inputs]
-    encoded = labelled.encode_texts(texts, encoder, max_tokens=max_tokens, normalize=normalize)
+    inputs = [item for part in parts for item in part.inputs]
+    if modality == "image":
+        store, seconds = encode_images(inputs, encoder, normalize=normalize)
+    else:
+        encoded = labelled.encode_texts(inputs, encoder, max_tokens=max_tokens, normalize=normalize)
+        store, seconds = encoded.store, encoded.seconds
     borders = np.cumsum([len(part) for part in parts])[:-1]
-    pieces = dict(zip(roles, map(np.asarray, np.split(encoded.store.X, borders)), strict=True))
-    fingerprint = hashlib.sha256(f"{data.fingerprint} {encoded.store.fingerprint}".encode()).hexdigest()
-    return data.mapped(pieces, fingerprint=fingerprint, features_seconds=encoded.seconds)
+    pieces = dict(zip(roles, map(np.asarray, np.split(store.X, borders)), strict=True))
+    fingerprint = hashlib.sha256(f"{data.fingerprint} {store.fingerprint}".encode()).hexdigest()
+    return data.mapped(pieces, fingerprint=fingerprint, features_seconds=seconds)
 
 
-def _without_overlap(parts: Mapping[str, Examples], fingerprint: str) -> NDArray[np.int64]:
-    """Rows of the training set that repeat no held-out text; looked for once per data set and machine."""
+def _without_overlap(parts: Mapping[str, Examples], fingerprint: str, modality: InputKind) -> NDArray[np.int64]:
+    """Rows of the training set that repeat no held-out example; looked for once per data set and machine."""
     path = cache_dir("overlap") / f"labelled-{fingerprint[:24]}.json"
     if not path.exists():
-        train = [Document(str(row), text, {}) for row, text in enumerate(parts["train"].inputs)]
-        held = [Document(role, text, {}) for role, part in parts.items() if role != "train" for text in part.inputs]
-        atomic_write_text(path, json.dumps([int(document.id) for document in drop_overlap(train, held).kept]))
+        held = [item for role, part in parts.items() if role != "train" for item in part.inputs]
+        find = _new_images if modality == "image" else _new_texts
+        atomic_write_text(path, json.dumps(find(parts["train"].inputs.tolist(), held)))
     return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+
+
+def _new_texts(train: Sequence[str], held: Sequence[str]) -> list[int]:
+    kept = drop_overlap(
+        [Document(str(i), x, {}) for i, x in enumerate(train)], [Document("", x, {}) for x in held]
+    ).kept
+    return [int(document.id) for document in kept]
+
+
+def _new_images(train: Sequence[bytes], held: Sequence[bytes]) -> list[int]:
+    seen = {pixel_digest(image) for image in held}
+    return [row for row, image in enumerate(train) if pixel_digest(image) not in seen]
 
 
 def _fingerprint(parts: Sequence[Examples]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps([part.inputs.tolist(), part.labels.tolist()]).encode())
+        inputs = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i for i in part.inputs.tolist()]
+        digest.update(json.dumps([inputs, part.labels.tolist()]).encode())
     return digest.hexdigest()

@@ -127,7 +127,7 @@ def load_stream_data(spec: StreamSpec, encoder: ModelRef | None, *, max_tokens: 
     if encoder is None:
         return samples
     if spec.modality == "image":
-        return _encoded(samples, lambda images: encode_images(images, encoder))
+        return _encoded(samples, lambda images: encode_images(images, encoder)[0])
     return encode_texts(samples, encoder, max_tokens=max_tokens)
 
 

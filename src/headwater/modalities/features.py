@@ -291,7 +291,8 @@ class Encoder(nn.Module):
         ``prepare`` gives tensors ``(batch, ...)`` on the CPU; the call gives ``(batch, D)`` float32 where the model is.
 
     Raises:
-        ValueError: ``layer`` or ``pooling`` for a dual encoder, which has its projected features only.
+        ValueError: ``layer`` or ``pooling`` for a dual encoder, which has its projected features only; or texts for a
+            model that reads images alone.
     """
 
     model: Any  # Any: the forward signature differs from model to model
@@ -316,6 +317,8 @@ class Encoder(nn.Module):
         self.of_two = False
         if not self.dual and isinstance(bare, PreTrainedModel):
             bare = bare.base_model  # without a head, whose logits nobody would read
+            if modality == "text" and bare.main_input_name == "pixel_values":
+                raise ValueError(f"{type(bare).__name__} reads images and no texts; a dual encoder such as CLIP does.")
             self.of_two = bool(bare.config.is_encoder_decoder)
             if self.of_two:
                 bare = bare.get_encoder()

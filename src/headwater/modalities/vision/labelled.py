@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from headwater.modalities.features import FeatureStore
 
-__all__ = ["decode_image", "encode_images", "open_image_encoder", "open_labelled_images"]
+__all__ = ["decode_image", "encode_images", "open_image_encoder", "open_labelled_images", "pixel_digest"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -115,6 +115,16 @@ def decode_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def pixel_digest(data: bytes) -> str:
+    """Hash of an encoded image's size and RGB pixels: the same for any file format that loses nothing.
+
+    Raises:
+        ImportError, UnidentifiedImageError: see ``decode_image``.
+    """
+    image = decode_image(data)
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
 def open_image_encoder(ref: ModelRef) -> tuple[nn.Module, Any]:  # Any: image processors have no common type
     """Model without a head, in evaluation mode, and its image processor.
 
@@ -137,12 +147,16 @@ def open_image_encoder(ref: ModelRef) -> tuple[nn.Module, Any]:  # Any: image pr
     return load_encoder(ref), processor
 
 
-def encode_images(images: Iterable[bytes], encoder: ModelRef) -> FeatureStore:
-    """Features of a frozen encoder, kept in the user cache under a hash of weights, processor and images.
+def encode_images(images: Iterable[bytes], encoder: ModelRef, *, normalize: bool = False) -> tuple[FeatureStore, float]:
+    """Features of a frozen encoder, kept in the user cache under a hash of weights, processor, images and options.
 
     Args:
         images: encoded.
-        encoder: an image model.
+        encoder: an image model, or a dual encoder such as CLIP.
+        normalize: scale each vector to unit length.
+
+    Returns:
+        One row per image, memory-mapped; and the seconds that computing them took, now or then.
 
     Raises:
         ValueError: see ``extract_features``.
@@ -154,8 +168,9 @@ def encode_images(images: Iterable[bytes], encoder: ModelRef) -> FeatureStore:
     from headwater.modalities.models import parameter_fingerprint
 
     model, processor = open_image_encoder(encoder)
-    about = [parameter_fingerprint(model), processor.to_json_string(), transformers.__version__]
+    about = [parameter_fingerprint(model), processor.to_json_string(), normalize, transformers.__version__]
     digest, listed = hashlib.sha256(json.dumps(about).encode()), list(images)
     for image in listed:
         digest.update(hashlib.sha256(image).digest())
-    return cached_features(digest.hexdigest()[:24], model, listed, processor=processor, modality="image")[0]
+    key = digest.hexdigest()[:24]
+    return cached_features(key, model, listed, processor=processor, modality="image", normalize=normalize)
