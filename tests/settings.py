@@ -19,6 +19,7 @@ __all__ = [
     "opens_as_speech",
     "opens_as_the_class_its_readme_names",
     "opens_beside_a_classifier",
+    "opens_beside_its_image_processor",
     "runs_the_code_of_its_readme",
     "setting",
 ]
@@ -50,6 +51,18 @@ def opens_as_safetensors(model: Path) -> None:
     assert files
     for path in files:
         assert all(np.isfinite(tensor).all() for tensor in load_file(path).values())
+
+
+def opens_beside_its_image_processor(model: Path) -> None:
+    """Its weights open in safetensors, and the image processor beside them in transformers."""
+    import numpy as np
+    from transformers import AutoImageProcessor
+
+    opens_as_safetensors(model)
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels = AutoImageProcessor.from_pretrained(model)(image, return_tensors="np")["pixel_values"]
+    assert pixels.ndim == 4
+    assert np.isfinite(pixels).all()
 
 
 def opens_as_the_class_its_readme_names(model: Path) -> None:
@@ -207,6 +220,7 @@ METHODS: dict[str, Setting] = {
     "skill_localization": Setting(fixture="localization_fields", opens=opens_as_language_model),
     "speech_continued": Setting(fixture="speech_fields", opens=opens_as_speech),
     "phatgoose": Setting(fixture="routed_fields", opens=runs_the_code_of_its_readme),
+    "preprocessing": Setting(fixture="image_fields", opens=opens_beside_its_image_processor),
 }
 """Methods whose fields or results have another form than their family's."""
 

@@ -359,8 +359,8 @@ class Encoder(nn.Module):
             batch["attention_mask"] = (values != pad).long()
         return batch
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Features of what ``prepare`` gave."""
+    def forward(self, batch: Mapping[str, Tensor], **options: Any) -> Tensor:  # Any: the model's own switches
+        """Features of what ``prepare`` gave; ``options`` go to the model."""
         parameter = next(self.model.parameters())
         # Integers keep their dtype; pixels and waves take that of the weights.
         batch = {
@@ -368,10 +368,10 @@ class Encoder(nn.Module):
             for name, value in batch.items()
         }
         if self.dual:
-            output = getattr(self.model, f"get_{self.modality}_features")(**batch)
+            output = getattr(self.model, f"get_{self.modality}_features")(**batch, **options)
             pooled = output if isinstance(output, Tensor) else output.pooler_output
         else:
-            output = self.model(**batch, output_hidden_states=self.layer != -1)
+            output = self.model(**batch, **options, output_hidden_states=self.layer != -1)
             pooled = self._pool(output, batch.get("attention_mask"))
         pooled = pooled.float()
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
