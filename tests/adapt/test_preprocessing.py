@@ -262,7 +262,8 @@ def test_learns_the_size_that_an_encoder_was_made_for():
     """Stripes of one pixel are all that tells the classes apart, and at half the size they are gone."""
 
     def edges(pixels):
-        return (pixels[..., ::2] - pixels[..., 1::2]).abs().mean((2, 3))
+        inner = pixels[..., 2:-2]  # at the border the filter is cut off, and some of the stripes remains
+        return (inner[..., ::2] - inner[..., 1::2]).abs().mean((2, 3))
 
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 20)
