@@ -269,7 +269,7 @@ def test_oracle_random_features_are_convolutions_by_loops():
 
 def test_oracle_whitened_patches_are_white():
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(300, 1, 8, 8)).cumsum(-1).astype(np.float32)  # neighbours are alike
+    images = 50 + rng.normal(size=(300, 1, 8, 8)).cumsum(-1).astype(np.float32)  # neighbours are alike
     model = RandomConvFeatures(2 * 400, kernel=2, bias=0.0).fit(images)
     patches = np.stack([images[i, :, :2, 3:5].reshape(-1) for i in range(300)])
     response = patches @ model.weight_.numpy().reshape(400, -1).T + model.bias_.numpy()
