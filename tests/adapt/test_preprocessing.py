@@ -29,6 +29,7 @@ from transformers import (
 
 from headwater.adapt.preprocessing import Preprocessing, audit, write_audit
 from headwater.adapt.preprocessing_advice import check_images, check_sound
+from headwater.core.claim import load_claim
 from headwater.core.recipe import DataRef, RecipeError
 from headwater.core.run import execute
 from headwater.core.stats import paired_bootstrap
@@ -357,6 +358,19 @@ def test_property_only_training_labels_are_looked_at(run, image_fields):
 def test_rejects_fields_that_cannot_be_honoured(image_fields, changes, words):
     with pytest.raises(RecipeError, match=words):
         Preprocessing(**{**image_fields, **changes})
+
+
+# The claim.
+
+
+def test_property_the_claim_runs_and_lists_what_needs_no_pretraining(tmp_path):
+    claim = load_claim("preprocessing")
+    measured = claim.measure("smoke", 100, tmp_path)
+    arms = {part.treatment for part in claim.parts} | {part.baseline for part in claim.parts}
+    assert set(measured.arms) == arms
+    assert {len(items["accuracy"]) for items in measured.items.values()} == {400}
+    for name in ("raw pixels", "random weights", "image statistics", "random convolutions"):
+        assert "px" in measured.notes[f"{name}/seed-100"]
 
 
 # Advice without labels.
