@@ -47,6 +47,42 @@ def test_equation_micro_batches_of_ragged_rows_give_the_gradient_of_the_batch(tm
     assert_close(whole.model, parts.model, atol=1e-6)
 
 
+class Scaled(nn.Module):
+    """An objective with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, model, batch):
+        loss = ToyObjective()(model, batch)
+        return Loss(self.factor.sum() * loss.total, loss.count)
+
+
+def test_equation_the_models_rate_is_a_multiple_of_the_objectives(tmp_path):
+    moved = {}
+    for rate in (1.0, 0.25):
+        phase = Phase("toy", Toy(dropout=0), ToyStream(), Scaled(), model_rate=rate)
+        before = weights(phase.model)
+        fit(phase, budget=Budget(steps=1), optim=SgdSpec(lr=0.1, schedule="constant", weight_decay=0), seed=0,
+            directory=tmp_path / str(rate), settings=FP32)  # fmt: skip
+        moved[rate] = [a - b for a, b in zip(weights(phase.model), before, strict=True)], phase.objective.factor - 1
+    for slow, usual in zip(moved[0.25][0], moved[1.0][0], strict=True):
+        torch.testing.assert_close(slow, 0.25 * usual, rtol=1e-4, atol=1e-7)
+    assert torch.equal(moved[0.25][1], moved[1.0][1])
+    assert moved[1.0][1]
+
+
+def test_fault_a_checkpoint_of_another_rate_is_refused(tmp_path):
+    def run(rate):
+        phase = Phase("toy", Toy(), ToyStream(), ToyObjective(), model_rate=rate)
+        return fit(phase, budget=Budget(steps=1), optim=SGD_LIKE, seed=0, directory=tmp_path, settings=FP32)
+
+    run(0.5)
+    with pytest.raises(CheckpointError, match=r"of another run: model_rate was 0\.5, is None"):
+        run(1.0)
+
+
 @pytest.mark.parametrize("micro", [1, 4, 5])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_equation_an_objective_sees_the_whole_batch_however_it_is_cut(tmp_path, micro, dropout):
@@ -555,6 +591,7 @@ def test_rejects_phase_names_that_are_paths(name):
         ({"share": 0}, "share"),
         ({"share": 1.5}, "share"),
         ({"schedule_span": 0.6, "schedule_start": 0.5}, "must lie in"),
+        ({"model_rate": 0}, "model_rate of phase 'p' must be positive; got 0. .* freeze it"),
     ],
 )
 def test_rejects_phases_outside_the_budget_or_schedule(fields, words):

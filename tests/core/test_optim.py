@@ -65,6 +65,34 @@ def test_property_matrices_decay_vectors_do_not_and_shared_ones_stand_once():
     assert [tuple(p.shape) for p in groups[1]["params"]] == [(3,), (3,), (5,), (2,)]
 
 
+def test_property_each_module_has_its_own_rate_and_shared_parameters_the_first_ones():
+    backbone, head = nn.Linear(5, 3), nn.Linear(3, 2)
+    groups = parameter_groups([backbone, head, backbone], SgdSpec(lr=0.2, weight_decay=0.3), rates=(0.01, 1.0, 1.0))
+    assert [(g["lr"], g["rate"], g["weight_decay"], tuple(g["params"][0].shape)) for g in groups] == [
+        (0.002, 0.01, 0.3, (3, 5)),
+        (0.002, 0.01, 0.0, (3,)),
+        (0.2, 1.0, 0.3, (2, 3)),
+        (0.2, 1.0, 0.0, (2,)),
+    ]
+    alike = parameter_groups([backbone, head], SgdSpec(lr=0.2))
+    assert [[tuple(p.shape) for p in g["params"]] for g in alike] == [[(3, 5), (2, 3)], [(3,), (2,)]]
+    with pytest.raises(ValueError, match="zip"):
+        parameter_groups([backbone, head], SgdSpec(), rates=(1.0,))
+
+
+@pytest.mark.parametrize("spec", [SgdSpec(lr=0.1), OptimSpec(lr=0.1), OptimSpec(lr=0.1, states="8bit")])
+def test_equation_a_rate_scales_the_step(spec):
+    steps = []
+    for rate in (1.0, 0.25):
+        layer = nn.Linear(3, 2, bias=False)
+        nn.init.constant_(layer.weight, 2.0)
+        optimizer = build_optimizer([layer], spec, rates=(rate,))
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        steps.append(2.0 - layer.weight.detach())
+    torch.testing.assert_close(steps[1], 0.25 * steps[0], rtol=1e-3, atol=1e-6)
+
+
 def test_oracle_the_first_step_is_adamw_by_hand():
     layer = nn.Linear(1, 1, bias=False)
     nn.init.constant_(layer.weight, 2.0)

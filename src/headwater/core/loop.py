@@ -111,10 +111,11 @@ class Loop:
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
         self.model = phase.model.to(self.device)
         self.called = self.model  # or a compiled copy of it
-        self.modules = [self.model]
+        self.modules, rates = [self.model], [phase.model_rate]
         if isinstance(phase.objective, nn.Module):
             self.modules.append(phase.objective.to(self.device))
-        self.optimizer = build_optimizer(self.modules, self.optim)
+            rates.append(1.0)
+        self.optimizer = build_optimizer(self.modules, self.optim, rates)
         self.optimizer.zero_grad()  # loads torch._dynamo: a second that must not be charged to a budget in seconds
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if any(p.dtype == torch.float16 for p in self.parameters):
@@ -133,6 +134,8 @@ class Loop:
             "optim": self.optim.model_dump(mode="json"),
             "schedule": [phase.schedule_start, phase.schedule_span],
             "continues": None if phase.continues is None else phase.continues.name,
+            # Nothing where it is 1: checkpoints from before there was such a rate stay valid.
+            "model_rate": None if phase.model_rate == 1 else phase.model_rate,
             "precision": settings.precision,
             "rows": phase.stream.rows,
             "tokens_per_row": phase.stream.tokens_per_row,
@@ -215,7 +218,7 @@ class Loop:
                 own = local_rows(0, rows, self.rank, self.world)
                 lr = self._learning_rate(rows)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["rate"]
                 loss, norm, seconds = self._step(forward, self._to_device(next(batches)), own, window, stop)
                 progress.step += 1
                 progress.rows += rows

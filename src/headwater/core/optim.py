@@ -140,28 +140,51 @@ def _trainable(model: nn.Module | Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
 
 
-def parameter_groups(model: nn.Module | Sequence[nn.Module], spec: AnyOptim) -> list[dict[str, object]]:
-    """Two groups: matrices (two dimensions or more) with weight decay, vectors and scalars without.
+def parameter_groups(
+    model: nn.Module | Sequence[nn.Module], spec: AnyOptim, rates: Sequence[float] | None = None
+) -> list[dict[str, object]]:
+    """Two groups for each rate: matrices (two dimensions or more) with weight decay, vectors and scalars without.
 
-    Parameters that several modules share stand once, frozen ones not at all, and empty groups are left out.
+    Parameters that several modules share stand once, with the first one's rate, frozen ones not at all, and empty
+    groups are left out.
+
+    Args:
+        model: one module or several.
+        spec: its ``lr`` and ``weight_decay`` are read.
+        rates: for each module, what its learning rate is multiplied by; kept in the group as ``rate``, for a schedule
+            that sets ``lr`` anew at every step. 1 by default.
+
+    Example:
+        >>> backbone, head = nn.Linear(4, 3), nn.Linear(3, 2)
+        >>> groups = parameter_groups([backbone, head], SgdSpec(lr=0.01), rates=(0.01, 1.0))
+        >>> [group["lr"] for group in groups]
+        [0.0001, 0.0001, 0.01, 0.01]
     """
-    parameters = _trainable(model)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups: list[dict[str, object]] = [
-        {"params": matrices, "weight_decay": spec.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    rate_of: dict[nn.Parameter, float] = {}
+    for module, rate in zip(modules, [1.0] * len(modules) if rates is None else rates, strict=True):
+        for parameter in _trainable(module):
+            rate_of.setdefault(parameter, rate)
+    groups: list[dict[str, object]] = []
+    for rate in dict.fromkeys(rate_of.values()):
+        own = [p for p, its in rate_of.items() if its == rate]
+        lr = {"lr": spec.lr * rate, "rate": rate}
+        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": spec.weight_decay, **lr})
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, **lr})
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module | Sequence[nn.Module], spec: AnyOptim) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module | Sequence[nn.Module], spec: AnyOptim, rates: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW or SGD over everything trainable in one module or several; one fused kernel on CPU and CUDA.
+
+    Arguments as ``parameter_groups``.
 
     Raises:
         ValueError: nothing requires a gradient.
     """
-    groups = parameter_groups(model, spec)
+    groups = parameter_groups(model, spec, rates)
     if not groups:
         raise ValueError("nothing to train: no parameter of the model or of the objective requires a gradient.")
     if isinstance(spec, OptimSpec) and spec.states == "8bit":

@@ -98,6 +98,7 @@ class Phase:
         continues: an earlier phase on the same model, finished in the same directory, whose optimizer's moments this
             one takes up: with spans that meet, other data from one step to the next and nothing else. ``None``: moments
             of its own, from zero.
+        model_rate: the learning rate of the model's weights, as a multiple of that of the objective's.
     """
 
     name: str
@@ -109,12 +110,18 @@ class Phase:
     schedule_span: float | None = None
     schedule_start: float = 0.0
     continues: Phase | None = None
+    model_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"a phase's name is letters, digits, '_', '.' and '-'; got {self.name!r}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"share of phase {self.name!r} must be in (0, 1]; got {self.share}.")
+        if not 0 < self.model_rate < float("inf"):
+            raise ValueError(
+                f"model_rate of phase {self.name!r} must be positive; got {self.model_rate}. To keep the model as it "
+                "is, freeze it: model.requires_grad_(False)."
+            )
         end = self.schedule_start + (self.schedule_span or 0.0)
         if self.schedule_start < 0 or end > 1 + 1e-9:
             raise ValueError(
