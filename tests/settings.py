@@ -181,7 +181,16 @@ FAMILIES: dict[str, Setting] = {
                 "peft": {"kind": "lora"},
                 "first_task": {"epochs": 2, "batch_size": 8, "optim": {"lr": 0.1}},
                 "fit": {"precision": "fp32", "checkpoint_every": 2, "log_every": 1},
-            }
+            },
+            **{
+                method: {
+                    "epochs": 2,
+                    "train_batch_size": 8,
+                    "optim": {"lr": 0.1},
+                    "fit": {"precision": "fp32", "checkpoint_every": 2, "log_every": 1},
+                }
+                for method in ("sequential_finetuning",)
+            },
         },
     ),
     "align": Setting(fixture="align_fields", opens=opens_as_the_class_its_readme_names),

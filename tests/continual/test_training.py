@@ -3,9 +3,18 @@ import pytest
 import torch
 from torch import nn
 
+from headwater.continual.references import Sequential
 from headwater.continual.streams import Samples
-from headwater.continual.training import TaskBatches, TaskCrossEntropy, Trainee, digest_of_inputs
+from headwater.continual.training import (
+    TaskBatches,
+    TaskCrossEntropy,
+    Trainee,
+    digest_of_inputs,
+    features_of,
+    warn_once,
+)
 from headwater.core.order import VirtualIndex
+from headwater.core.run import Run
 from headwater.modalities.features import ArrayEncoder
 from headwater.modalities.text.labelled import text_array
 
@@ -59,3 +68,33 @@ def test_property_batch_normalisation_stays_in_evaluation_mode_and_dropout_does_
     trainee = Trainee(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()), nn.BatchNorm2d(2)).train()
     assert (trainee.encoder[0].training, trainee.encoder[1].training, trainee.adapter.training) == (False, True, False)
     assert not trainee.eval().encoder[1].training
+
+
+def test_equation_classes_that_do_not_compete_have_no_share_and_no_gradient():
+    head = nn.Linear(2, 4)
+    objective = TaskCrossEntropy(head, torch.tensor([False, False, True, True]))
+    features = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    loss = objective(lambda batch: batch["x"], {"x": features, "labels": torch.tensor([2, 3]), "row": torch.arange(2)})
+    own = torch.log_softmax(head(features)[:, 2:], 1).detach()
+    assert float(loss.total.detach()) == pytest.approx(-float(own[0, 0] + own[1, 1]), rel=1e-6)
+    loss.total.backward()
+    assert not head.weight.grad[:2].any()
+    assert head.weight.grad[2:].any()
+    assert not [name for name in objective.state_dict() if "competing" in name], "no part of a checkpoint"
+
+
+def test_property_features_are_taken_in_evaluation_mode_in_pieces():
+    encoder = ArrayEncoder(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9))).train()
+    inputs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    features = features_of(encoder, inputs, 3)
+    torch.testing.assert_close(features, encoder.model[0](torch.from_numpy(inputs)), rtol=1e-5, atol=1e-6)
+    assert not features.requires_grad
+
+
+def test_property_a_warning_is_said_once_and_kept(tmp_path, caplog):
+    with Run(tmp_path / "run", Sequential(model="none")) as run:
+        warn_once(run, "x", "first words")
+        warn_once(run, "x", "second words")
+    assert run.notes == {"warning/x": "second words"}
+    assert [record.message for record in caplog.records].count("first words") == 1
+    assert "second words" not in caplog.text

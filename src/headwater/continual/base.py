@@ -328,6 +328,8 @@ FAMILY = Family(
         "simple-cil": {"method": "nmc", "metric": "cosine"},
         "sequential-global": {"method": "sequential", "softmax": "global"},
         "sequential-local": {"method": "sequential", "softmax": "local"},
+        "finetuning-global": {"method": "sequential_finetuning", "softmax": "global"},
+        "finetuning-local": {"method": "sequential_finetuning", "softmax": "local"},
         "joint": {"method": "joint"},
     },
     baseline="simple-cil",

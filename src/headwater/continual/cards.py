@@ -1,19 +1,21 @@
-"""What an adapted encoder and its class means leave on disk, and the code that predicts with them, without us."""
+"""What an encoder and its class means or head leave on disk, and the code that predicts with them, without us."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headwater.core.cache import atomic_path, atomic_write_text
-from headwater.modalities.features import Encoder
+from headwater.modalities.features import ArrayEncoder, Encoder
 
-__all__ = ["save_adapted", "write_card"]
+__all__ = ["save_adapted", "save_classifier", "write_card"]
 
 
 def save_adapted(adapter: Any, kind: str, directory: Path) -> None:  # Any: PEFT's models are untyped
@@ -86,18 +88,72 @@ _WHAT: dict[str | None, str] = {
 }
 
 
-def _open(encoder: Encoder) -> list[str]:
+def save_classifier(
+    directory: Path, encoder: Encoder | ArrayEncoder, weight: Tensor, bias: Tensor, label_names: Sequence[str]
+) -> None:
+    """Write a trained encoder to ``adapted/``, a linear head on it, the names of its classes, and ``README.md``.
+
+    Args:
+        directory: of the run's model.
+        encoder: as it is now; it has made features, and so knows its pooling.
+        weight: ``(classes, D)``.
+        bias: ``(classes,)``.
+        label_names: of all classes of the stream; those that have not arrived are left out.
+    """
+    save_adapted(encoder.model, "full", directory)
+    with atomic_path(directory / "head.safetensors") as path:
+        save_file({name: t.detach().cpu().contiguous() for name, t in (("weight", weight), ("bias", bias))}, path)
+    atomic_write_text(
+        directory / "classes.json", json.dumps({"label_names": list(label_names[: len(bias)])}, indent=2) + "\n"
+    )
+    what, opened, made = _OWN_ENCODER, _OPEN_OWN, _ARRAY_FEATURES
+    if isinstance(encoder, Encoder):
+        what, made = "", _features(encoder)
+        if encoder.of_two:  # half of a model, which has no class that AutoModel knows
+            opened = [*_open(encoder), 'base = type(base).from_pretrained("adapted").eval()']
+        else:
+            if encoder.processor is not None:
+                encoder.processor.save_pretrained(directory / "adapted")
+            opened = _open(encoder, "adapted")
+    imports = ["import json", "import torch", "from safetensors.torch import load_file"]
+    code = "\n".join([*imports, *opened, "", *made, "", *_LINEAR])
+    atomic_write_text(directory / "README.md", _CLASSIFIER.format(what=what, code=code))
+
+
+_CLASSIFIER = """# A fine-tuned encoder and a linear head
+
+`adapted/` holds the encoder, `head.safetensors` the `weight` and `bias` of one linear layer on its features;
+`classes.json` names its outputs. {what}In this directory:
+
+```python
+{code}
+```
+"""
+_OWN_ENCODER = "`base` is your module, of the same shape as before. "
+_OPEN_OWN = ['base.load_state_dict(load_file("adapted/model.safetensors"))', "base.eval()"]
+_LINEAR = [
+    'head, names = load_file("head.safetensors"), json.load(open("classes.json"))["label_names"]',
+    "@torch.no_grad()",
+    "def logits(inputs):",
+    '    return features(base, inputs) @ head["weight"].T + head["bias"]',
+    "def predict(inputs):",
+    "    return [names[i] for i in logits(inputs).argmax(1).tolist()]",
+]
+
+
+def _open(encoder: Encoder, at: str | None = None) -> list[str]:
+    """Code that opens an encoder as ``base``, with its processor: where it came from, or in the folder ``at``."""
     config, model = encoder.model.config, next(encoder.model.parameters())
     names = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
     name = None if encoder.processor is None else names[encoder.modality]
-    commit = getattr(config, "_commit_hash", None)
+    commit = getattr(config, "_commit_hash", None) if at is None else None
     options = f", revision={commit!r}" if commit else ""
     dtype = f", dtype={model.dtype}" if model.dtype != torch.float32 else ""
     half = ".get_encoder()" if encoder.of_two else ""
     lines = [
         f"from transformers import AutoModel{'' if name is None else f', {name}'}",
         "",
-        f"BASE = {config._name_or_path!r}",
+        f"BASE = {at or config._name_or_path!r}",
         # As ``load_encoder`` does: a checkpoint saved with another head may lack a pooler.
         "torch.manual_seed(0)  # for weights that the checkpoint lacks, if any",
         f"base = AutoModel.from_pretrained(BASE{options}{dtype}){half}.eval()",

@@ -99,6 +99,16 @@ class GrowingLinear(nn.Module):
         """Number of outputs."""
         return sum(len(bias) for bias in self.biases)
 
+    @property
+    def weight(self) -> Tensor:
+        """All blocks as one matrix, ``(outputs, dim)``."""
+        return torch.cat(list(self.weights))
+
+    @property
+    def bias(self) -> Tensor:
+        """All blocks as one vector, ``(outputs,)``."""
+        return torch.cat(list(self.biases))
+
     def grow(self, size: int, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Add ``size`` outputs: weights normal with deviation ``std``, cut at two deviations; biases zero."""
         if size < 1:
@@ -112,7 +122,7 @@ class GrowingLinear(nn.Module):
         """Logits of all outputs."""
         if not len(self.weights):
             raise RuntimeError("the head has no output yet; call grow first.")
-        return nn.functional.linear(features, torch.cat(list(self.weights)), torch.cat(list(self.biases)))
+        return nn.functional.linear(features, self.weight, self.bias)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Grow to the blocks of a ``state_dict`` and load it; the head must be fresh."""

@@ -1,18 +1,20 @@
 """What every continual method is held against, beside the nearest class mean: forgetting in full, and the ceiling.
 
-    sequential   a softmax head trained by SGD on each task in turn, on frozen features
-    joint        logistic regression on all data so far, kept and fitted anew: what no memory limit would allow
+    sequential              a softmax head trained by SGD on each task in turn, on frozen features
+    sequential_finetuning   head and encoder trained on each task in turn, both at one learning rate
+    joint                   logistic regression on all data so far, kept and fitted anew: what no memory limit would
+                            allow
 
-The softmax of the first is over all classes seen ("global") or over the current task's only ("local", as in Zhang et
-al., "SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model", arXiv:2303.05118);
-the two differ so much that a comparison needs both.
+The softmax of the first two is over all classes seen ("global") or over the current task's only ("local", as in Zhang
+et al., "SLCA: Slow Learner with Classifier Alignment for Continual Learning on a Pre-trained Model",
+arXiv:2303.05118); the two differ so much that a comparison needs both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from headwater.continual.base import Batch, ContinualRecipe, StreamInfo
+from headwater.continual.finetuning import FinetuningLearner, FinetuningRecipe, Softmax
 from headwater.continual.heads import GrowingLinear
 from headwater.continual.streams import StreamError, TaskData
 from headwater.core.cache import atomic_path, atomic_write_text
@@ -32,7 +35,7 @@ from headwater.core.rng import derive_seed, torch_generator
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["Joint", "JointLearner", "Sequential", "SequentialLearner"]
+__all__ = ["Joint", "JointLearner", "Sequential", "SequentialFinetuning", "SequentialLearner"]
 
 
 class SequentialLearner:
@@ -101,8 +104,7 @@ class SequentialLearner:
 
     def save(self, directory: Path, label_names: Sequence[str]) -> None:
         """Write the head as one linear layer."""
-        weight, bias = torch.cat(list(self.head.weights)), torch.cat(list(self.head.biases))
-        _save_linear(directory, weight.detach(), bias.detach(), label_names)
+        _save_linear(directory, self.head.weight.detach(), self.head.bias.detach(), label_names)
 
 
 class Sequential(ContinualRecipe):
@@ -110,7 +112,7 @@ class Sequential(ContinualRecipe):
 
     id: ClassVar[str] = "sequential"
 
-    softmax: Literal["global", "local"] = Field(
+    softmax: Softmax = Field(
         default="global", description="classes that compete in the loss: all seen so far, or the current task's only"
     )
     epochs: int = Field(default=10, ge=0, description="passes over each task's training data")
@@ -124,6 +126,20 @@ class Sequential(ContinualRecipe):
     def learner(self, info: StreamInfo) -> SequentialLearner:
         """A head without outputs."""
         return SequentialLearner(self, _width(info))
+
+
+class SequentialFinetuning(FinetuningRecipe):
+    """Reference: the whole encoder and a softmax head trained on each task in turn, with nothing against forgetting."""
+
+    id: ClassVar[str] = "sequential_finetuning"
+
+    softmax: Softmax = Field(
+        default="local", description="classes that compete in the loss: all seen so far, or the current task's only"
+    )
+
+    def learner(self, info: StreamInfo) -> FinetuningLearner:
+        """The pretrained encoder, a head without outputs."""
+        return self.finetuning(info, backbone_scale=1.0, softmax=self.softmax)
 
 
 class JointLearner:

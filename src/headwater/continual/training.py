@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,19 @@ from headwater.continual.streams import Samples
 from headwater.core.objective import Loss
 from headwater.core.order import VirtualIndex
 
-__all__ = ["InputEncoder", "TaskBatches", "TaskCrossEntropy", "Trainee", "batch_norms", "digest_of_inputs"]
+if TYPE_CHECKING:
+    from headwater.core.run import Run
+
+__all__ = [
+    "InputEncoder",
+    "TaskBatches",
+    "TaskCrossEntropy",
+    "Trainee",
+    "batch_norms",
+    "digest_of_inputs",
+    "features_of",
+    "warn_once",
+]
 
 
 class InputEncoder(Protocol):
@@ -32,6 +44,9 @@ class InputEncoder(Protocol):
         """Features ``(batch, D)``, attached to the graph."""
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in ``nn.Module``."""
+
+    def eval(self) -> Any:  # Any: itself
         """As in ``nn.Module``."""
 
 
@@ -71,18 +86,24 @@ class TaskCrossEntropy(nn.Module):
 
     Args:
         head: from features to logits; trained with the encoder, and no part of it.
+        competing: the classes that take part, ``(classes,)`` bool; the others' logits count as minus infinity, which
+            leaves them no gradient. All of them by default.
     """
 
     unit = "nats/sample"
+    competing: Tensor | None
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, competing: Tensor | None = None) -> None:
         super().__init__()
         self.head = head
+        self.register_buffer("competing", competing, persistent=False)
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """Measure one micro-batch."""
         labels = batch["labels"]
         logits = self.head(model({name: value for name, value in batch.items() if name not in ("labels", "row")}))
+        if self.competing is not None:
+            logits = logits.masked_fill(~self.competing, float("-inf"))
         right = (logits.argmax(1) == labels).float().mean()
         return Loss(nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels), {"acc/train": right})
 
@@ -131,3 +152,22 @@ def digest_of_inputs(inputs: NDArray[Any]) -> str:  # Any: numbers, texts or enc
         raw = item.encode() if isinstance(item, str) else item if isinstance(item, bytes) else item.tobytes()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def features_of(
+    encoder: InputEncoder,
+    inputs: NDArray[Any],  # Any: raw inputs
+    batch_size: int,
+) -> Tensor:
+    """Features of raw inputs, ``(n, D)`` where the encoder is, in evaluation mode and without gradient."""
+    encoder.eval()  # at every call: dropout that someone switched on would make features random
+    pieces = range(0, len(inputs), batch_size)
+    return torch.cat([encoder(encoder.prepare(inputs[begin : begin + batch_size])) for begin in pieces])
+
+
+def warn_once(run: Run, name: str, words: str) -> None:
+    """Keep a warning in the run's notes as ``warning/name``, and say it the first time."""
+    if f"warning/{name}" not in run.notes:
+        run.logger.warning(words)
+    run.notes[f"warning/{name}"] = words
