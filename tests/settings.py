@@ -189,7 +189,7 @@ FAMILIES: dict[str, Setting] = {
                     "optim": {"lr": 0.1},
                     "fit": {"precision": "fp32", "checkpoint_every": 2, "log_every": 1},
                 }
-                for method in ("sequential_finetuning",)
+                for method in ("slca", "sequential_finetuning")
             },
         },
     ),
