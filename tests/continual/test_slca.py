@@ -238,6 +238,17 @@ def test_property_memory_is_that_of_the_covariances(rank, tmp_path):
 # Resume.
 
 
+@pytest.mark.parametrize("alignment", [SHORT, Alignment(epochs=0)], ids=["aligned", "plain"])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_property_a_learner_restored_from_its_state_gives_the_same_scores(alignment, tasks, tmp_path):
+    made, _ = learn(slca(alignment), make_stream(), tmp_path / "run", tasks=tasks)
+    again = slca(alignment)
+    again.load_state(made.state())
+    batch = Batch(make_data().test.inputs)
+    assert torch.equal(again.scores(batch), made.scores(batch))
+    assert again.state().keys() == made.state().keys()
+
+
 @pytest.mark.parametrize("stop_at", [1, 2])
 @pytest.mark.parametrize("cls", [OnMlp, Plain])
 def test_fault_resumed_between_tasks_equals_uninterrupted(cls, stop_at, tmp_path):
