@@ -200,6 +200,11 @@ FAMILIES: dict[str, Setting] = {
 METHODS: dict[str, Setting] = {
     "finetuning": Setting(fixture="tuned_fields", opens=opens_as_the_class_its_readme_names),
     "text_finetuning": Setting(fixture="text_to_text_fields", opens=opens_as_language_model),
+    "promot": Setting(
+        fixture="text_to_text_fields",
+        opens=opens_as_language_model,
+        extra={"promot": {"prompt_tokens": 4, "prompt_steps": 0.5}},
+    ),
     "levi": Setting(fixture="levi_fields", opens=opens_as_safetensors),
     "sobert": Setting(fixture="sobert_fields", opens=opens_as_the_class_its_readme_names),
     "instruction_balance": Setting(fixture="instruction_balance_fields", opens=opens_as_language_model),

@@ -8,6 +8,8 @@ adds its fields and ``phases``. The hook is given training and validation pairs;
     id/chrf        character n-gram F-score of the answers, 0 to 100
     id/nll         - log p(target | source) per token of the target             (nats)
 
+What a method puts around its model answers the task; ``id/accuracy_alone`` is then the model's own share.
+
 Abilities to be kept are named in ``retained``: sources and targets of other tasks, demonstrations included, answered by
 the model before and after. ``format`` is the share of those answers that are targets of the task just learned: a model
 that has taken on the task's form everywhere answers everything with it.
@@ -292,6 +294,9 @@ class TextToText(Recipe):
             log=run.log,
         )
         metrics = self._examine(data, written.task or written.model, run)
+        if written.task is not None:
+            alone = written.model.answers(data.test.sources, num_beams=self.num_beams)
+            metrics["id/accuracy_alone"] = float(np.mean(_right(alone, data.test)))
         for name, part in data.retained.items():
             metrics |= _kept(name, part, before[name], written.model.answers(part.sources), data.train.targets)
         metrics |= ledger_metrics(ledger_before, _ledger(written.model))
