@@ -216,6 +216,17 @@ def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         ViTModel(ViTConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(root / "vit")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "vit")
     return {"model": str(root / "vit"), "train": str(root / "train"), "test": str(root / "test"), "shots": 7}
+def pairs_fields(adapt_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The same with unlabelled pairs: texts around one of ten words, each with the words beside it as its caption."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    words = [*SYLLABLES["domain"], *SYLLABLES["general"]]
+    rng = np.random.default_rng(1)
+    with path.open("w", encoding="utf-8") as stream:
+        for row in range(120):
+            drawn = [words[row % 10] if rng.random() < 0.5 else str(rng.choice(words)) for _ in range(15)]
+            stream.write(json.dumps({"text": " ".join(drawn[3:]), "label": " ".join(drawn[:3])}) + "\n")
+    meta = {"steps": 4, "ways": 2, "shots": 2, "queries": 2, "domains": 2, "classes": 4, "checkpoint_every": 2}
+    return {**adapt_fields, "pairs": str(path), "meta": meta, "steps": 2}
 
 
 @pytest.fixture(scope="session")
