@@ -86,11 +86,11 @@ def episode_loss(encoder: PromptedDualEncoder, images: Tensor) -> Callable[[Prom
 
 
 class MetaSpec(Spec):
-    """How prompt and regulator are learned from pairs."""
+    """How prompt and regulator are learned from pairs. The rates suit MiniLM; none of the paper's could be checked."""
 
     steps: int = Field(default=200, gt=0, description="tasks that are drawn, one for each step")
-    lr: float = Field(default=1e-3, gt=0, description="Adam's learning rate for prompt and regulator")
-    inner_lr: float = Field(default=1.0, gt=0, description="size of the step on a task's support")
+    lr: float = Field(default=3e-3, gt=0, description="Adam's learning rate for prompt and regulator")
+    inner_lr: float = Field(default=0.3, gt=0, description="size of the step on a task's support")
     inner_steps: int = Field(
         default=1, ge=0, description="steps on the support; 0 trains the prompt on all tasks jointly, without adapting"
     )
@@ -228,8 +228,8 @@ class Gram(AdaptRecipe):
         default="gated", description="how gradients are rewritten: by a network, by a factor each, or not at all (MAML)"
     )
     meta: MetaSpec = Field(default=MetaSpec(), description="learning prompt and regulator from the pairs")
-    steps: int = Field(default=20, ge=0, description="steps of the prompt on the labelled task")
-    lr: float = Field(default=1.0, gt=0, description="their size")
+    steps: int = Field(default=10, ge=0, description="steps of the prompt on the labelled task")
+    lr: float = Field(default=0.1, gt=0, description="their size; it depends on the model")
     scale: float | None = Field(
         default=None, gt=0, description="of the cosines in the softmax; null for the model's own, or 20"
     )
