@@ -22,7 +22,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -284,7 +284,8 @@ class Gram(AdaptRecipe):
     def _encoder(self, task: AdaptTask) -> PromptedDualEncoder:
         model, tokenizer = task.encoder()
         if self.prompt_text is None:
-            width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]  # Hugging Face's
+            tower: Any = getattr(model, "text_model", model)  # Any: Hugging Face's
+            width = int(tower.get_input_embeddings().weight.shape[1])
             prompt = SoftPrompt.normal(self.prompt_tokens, width, generator=torch_generator(self.seed, "prompt"))
         else:
             prompt = SoftPrompt.from_text(model, tokenizer, self.prompt_text, self.prompt_tokens)
