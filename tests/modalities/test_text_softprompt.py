@@ -86,6 +86,19 @@ def test_oracle_a_prompt_of_words_is_those_words(kind):
     assert batch["input_ids"].shape[1] == (12 if kind == "siglip" else 9)
 
 
+def test_oracle_positions_are_counted_where_padding_has_a_low_id():
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = RobertaConfig(vocab_size=VOCAB, hidden_size=WIDTH, max_position_embeddings=20, **LAYERS, **ids)
+        model = RobertaModel(config).eval()
+    soft = attach_soft_prompt(model, prompt_of(model, WORDS))
+    with torch.no_grad():
+        ours = soft(input_ids=torch.tensor([[0, 20, 21, 2, 1]]), attention_mask=torch.tensor([[1, 1, 1, 1, 0]]))
+        words = model(input_ids=torch.tensor([[0, *WORDS, 20, 21, 2]]), attention_mask=torch.ones(1, 7))
+    torch.testing.assert_close(ours.last_hidden_state[:, :7], words.last_hidden_state, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_degenerate_no_tokens_change_nothing(kind):
     model = tower(kind)
