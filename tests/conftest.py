@@ -195,6 +195,8 @@ def text_to_text_fields(tiny_causal: Path, labelled: dict[str, Path]) -> dict[st
         "optim": {"lr": 3e-3},
         "fit": {"precision": "fp32", "checkpoint_every": 2},
     }
+
+
 def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Fields that make a method of the stage ``adapt`` on images run in two seconds: noisy squares, a tiny ViT."""
     import torch
@@ -216,6 +218,8 @@ def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         ViTModel(ViTConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(root / "vit")
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "vit")
     return {"model": str(root / "vit"), "train": str(root / "train"), "test": str(root / "test"), "shots": 7}
+
+
 def pairs_fields(adapt_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The same with unlabelled pairs: texts around one of ten words, each with the words beside it as its caption."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
