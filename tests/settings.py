@@ -204,6 +204,10 @@ METHODS: dict[str, Setting] = {
         fixture="text_to_text_fields",
         opens=opens_as_language_model,
         extra={"promot": {"prompt_tokens": 4, "prompt_steps": 0.5}},
+    "demonstration_retrieval": Setting(
+        fixture="text_to_text_fields",
+        opens=opens_as_language_model,
+        extra={"demonstration_retrieval": {"k": 2, "mode": "token", "temperature": 0.1}},
     ),
     "levi": Setting(fixture="levi_fields", opens=opens_as_safetensors),
     "sobert": Setting(fixture="sobert_fields", opens=opens_as_the_class_its_readme_names),

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -39,7 +39,7 @@ from headwater.core.optim import AnyOptim, OptimSpec
 from headwater.core.recipe import DataRef, Metrics, ModelRef, Recipe
 from headwater.modalities.text.docs import CorpusError, Document, drop_overlap
 from headwater.modalities.text.ledger import ledger, ledger_metrics
-from headwater.modalities.text.pairs import PairModel, Pairs, open_pair_model
+from headwater.modalities.text.pairs import PairModel, Pairs, open_pair_model, source_digest
 from headwater.modalities.text.sources import open_labelled
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class Written:
         files: further files in the run directory, by what they hold, named in the model's README.
         opening: code that opens ``model/`` as DIR and answers the task, for the README, where it is not the usual one.
         metrics: figures beyond those that every method has.
+        examine: further figures on the test pairs, which the base takes; the method has not seen them.
     """
 
     model: PairModel
@@ -173,6 +174,7 @@ class Written:
     files: tuple[str, ...] = ()
     opening: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    examine: Callable[[Pairs], Mapping[str, float]] | None = None
 
 
 class TextTask:
@@ -191,6 +193,9 @@ class TextTask:
         self.test = Sealed("the test set")
         self.ood = Sealed("the shifted test sets")
         self._validation, self._validation_seen = data.validation, False
+        apart = [data.test, *([data.validation] if data.validation is not None else []), *data.ood.values()]
+        self._held_out = {source_digest(source) for side in apart for source in side.sources}
+        self._further = 0
 
     @property
     def validation(self) -> Pairs:
@@ -208,7 +213,24 @@ class TextTask:
     def labels(self) -> int:
         """Targets looked at so far."""
         seen = self._validation if self._validation_seen and self._validation is not None else ()
-        return len(self.train) + len(seen)
+        return len(self.train) + len(seen) + self._further
+
+    def read(self, ref: DataRef, *, role: str) -> Pairs:
+        """Further pairs that a method learns from or looks things up in; counted in ``cost/labels``.
+
+        Raises:
+            CorpusError: nothing there, no such column, or a source that is one of a held-out set.
+        """
+        pairs = Pairs(*open_labelled(ref, role=role))
+        leaked = [source for source in pairs.sources if source_digest(source) in self._held_out]
+        if leaked:
+            raise CorpusError(
+                f"{role}: {len(leaked)} of {len(pairs)} sources are in the test, validation or shifted test sets, "
+                f"the first being {leaked[0][:80]!r}. Leave them out."
+            )
+        self.run.record_data(role, pairs.fingerprint)
+        self._further += len(pairs)
+        return pairs
 
     def open(self, *, lora: bool = True) -> PairModel:
         """A fresh copy of the recipe's model; in adapters where the recipe says so, unless ``lora`` is false."""
@@ -302,7 +324,8 @@ class TextToText(Recipe):
         metrics |= ledger_metrics(ledger_before, _ledger(written.model))
         metrics |= {f"cost/{name}": value for name, value in self._costs(data, task, written, run).items()}
         self._save(written, run)
-        return {**metrics, "data/dropped_overlap": float(data.dropped), **written.metrics}
+        further = written.examine(data.test) if written.examine is not None else {}
+        return {**metrics, "data/dropped_overlap": float(data.dropped), **written.metrics, **further}
 
     def _examine(self, data: PairData, answerer: Answerer, run: Run) -> Metrics:
         answers = answerer.answers(data.test.sources, num_beams=self.num_beams)

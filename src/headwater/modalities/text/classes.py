@@ -34,6 +34,7 @@ __all__ = [
     "ClassObjective",
     "class_logits",
     "class_probabilities",
+    "keeps_logits",
     "label_token_ids",
     "open_class_model",
     "unwrapped",
@@ -58,7 +59,7 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor], label_ids: Seque
         logits = model(**inputs).logits
         return logits
     last = batch["attention_mask"].sum(1) - 1
-    if _keeps_logits(model):
+    if keeps_logits(model):
         # Scores over the vocabulary are the largest tensor: only the positions at which some row ends are computed.
         kept, place = torch.unique(last, return_inverse=True)
         scores = model(**inputs, use_cache=False, logits_to_keep=kept).logits
@@ -68,7 +69,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor], label_ids: Seque
     return logits
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a language model computes the logits of some positions only, where it is told which."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 

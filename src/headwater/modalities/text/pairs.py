@@ -30,10 +30,11 @@ from headwater.core.recipe import ModelRef
 from headwater.core.rng import derive_seed
 from headwater.modalities.models import ModelError, head_of, load_model, load_tokenizer
 from headwater.modalities.text.class_inputs import length_batches
+from headwater.modalities.text.document_store import text_digest
 from headwater.modalities.text.objectives import IGNORED, CausalObjective, TokenObjective
 from headwater.modalities.text.score import scoring, start_token
 
-__all__ = ["Encoded", "PairModel", "PairStream", "Pairs", "open_pair_model", "pad_pairs"]
+__all__ = ["Encoded", "PairModel", "PairStream", "Pairs", "open_pair_model", "pad_pairs", "source_digest"]
 
 Kind = Literal["causal", "seq2seq"]
 
@@ -61,6 +62,11 @@ class Pairs:
     def fingerprint(self) -> str:
         """Of all texts, in order."""
         return hashlib.sha256(json.dumps([list(self.sources), list(self.targets)]).encode()).hexdigest()
+
+
+def source_digest(source: str) -> str:
+    """Hex digits that two sources share where they are the same text, case and white space aside."""
+    return text_digest(" ".join(source.split()).casefold()).hex()
 
 
 @dataclass(frozen=True)
@@ -162,20 +168,25 @@ class PairModel:
 
     def encode(self, pairs: Pairs) -> list[Encoded]:
         """Tokens of pairs; see the module for what is cut."""
-        if not len(pairs):
-            return []  # tokenizers fail on nothing
-        targets = [self.join + target for target in pairs.targets] if self.kind == "causal" else list(pairs.targets)
-        sources = self.encode_sources(pairs.sources)
+        sides = zip(self.encode_sources(pairs.sources), self.encode_targets(pairs.targets), strict=True)
+        return [Encoded(source, target) for source, target in sides]
+
+    def encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+        """Tokens of targets alone, as they follow a source."""
+        if not targets:
+            return []
         if self.kind == "seq2seq":
-            rows = self.tokenizer(text_target=targets, truncation=True, max_length=self.max_target)["input_ids"]
-            return [Encoded(source, target) for source, target in zip(sources, rows, strict=True)]
-        rows = self.tokenizer(targets, add_special_tokens=False, verbose=False)["input_ids"]
-        ended = ([*row, self.tokenizer.eos_token_id][: self.max_target] for row in rows)
-        return [Encoded(source, target) for source, target in zip(sources, ended, strict=True)]
+            found: list[list[int]] = self.tokenizer(
+                text_target=list(targets), truncation=True, max_length=self.max_target
+            )["input_ids"]
+            return found
+        joined = [self.join + target for target in targets]
+        rows = self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id][: self.max_target] for row in rows]
 
     def encode_sources(self, sources: Sequence[str]) -> list[list[int]]:
         """Tokens of sources alone."""
-        if not sources:
+        if not sources:  # which a tokenizer refuses
             return []
         if self.kind == "seq2seq":
             found: list[list[int]] = self.tokenizer(list(sources), truncation=True, max_length=self.max_source)[
@@ -198,12 +209,15 @@ class PairModel:
             num_beams: 1 is greedy.
             batch_size: sources per call; only sources of one length share a batch, so padding is never read.
         """
-        encoded = self.encode_sources(sources)
+        return self.written(self.encode_sources(sources), num_beams=num_beams, batch_size=batch_size)
+
+    def written(self, encoded: Sequence[Sequence[int]], *, num_beams: int = 1, batch_size: int = 64) -> list[str]:
+        """``answers`` to sources in tokens."""
         written: list[str] = [""] * len(encoded)
         model: Any = self.model  # Any: generate is not declared on nn.Module
         with scoring(model) as device:
             for rows in _equal_lengths([len(ids) for ids in encoded], batch_size):
-                ids = torch.tensor([encoded[row] for row in rows], device=device)
+                ids = torch.tensor([list(encoded[row]) for row in rows], device=device)
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
