@@ -85,8 +85,9 @@ def test_equation_two_demonstrations_by_hand() -> None:
     assert sequence.item() == pytest.approx(0.75 * 0.125 + 0.25 * 0.1)
     token = marginal_log_likelihood(log_probs, mask, weights, "token").exp()
     assert token.item() == pytest.approx((0.75 * 0.5 + 0.25 * 0.1) * (0.75 * 0.25 + 0.25 * 1.0))
-    first = marginal_log_likelihood(log_probs, torch.tensor([[True, False]]), weights, "token").exp()
-    assert first.item() == pytest.approx(0.75 * 0.5 + 0.25 * 0.1)  # a token that is padding does not count
+    for mode in ("sequence", "token"):  # a token that is padding does not count, whatever weights sum to
+        first = marginal_log_likelihood(log_probs, torch.tensor([[True, False]]), weights + 1, mode).exp()
+        assert first.item() == pytest.approx(np.e * (0.75 * 0.5 + 0.25 * 0.1))
 
 
 @pytest.mark.parametrize("mode", ["sequence", "token"])
