@@ -204,6 +204,7 @@ METHODS: dict[str, Setting] = {
         fixture="text_to_text_fields",
         opens=opens_as_language_model,
         extra={"promot": {"prompt_tokens": 4, "prompt_steps": 0.5}},
+    ),
     "demonstration_retrieval": Setting(
         fixture="text_to_text_fields",
         opens=opens_as_language_model,
