@@ -11,6 +11,7 @@ from headwater.core.recipe import DataRef, ModelRef
 from headwater.modalities.features import extract_features
 from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import CorpusError
+from headwater.modalities.vision import bases
 from headwater.modalities.vision.digits import NOISE, SEEN, digits, digits_backbone
 from headwater.modalities.vision.labelled import decode_image, encode_images, open_image_encoder, open_labelled_images
 
@@ -210,3 +211,26 @@ def test_rejects_a_model_without_an_image_processor(vit_directory, tmp_path):
     ViTModel.from_pretrained(vit_directory).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="no image processor could be opened beside it"):
         open_image_encoder(ModelRef(name=str(tmp_path / "bare")))
+
+
+def test_oracle_builtin_digits_are_the_pixels_of_digits():
+    images, labels = open_labelled_images(DataRef(name="headwater:digits/test", limit=3), role="test")
+    found = digits("test", ("rot270", "mirror"))
+    for place in range(3):
+        pixels = np.asarray(decode_image(images[place]))[..., 0] / 255
+        np.testing.assert_allclose(pixels.ravel(), found.images[place], atol=0.5 / 255 + 1e-6)
+        assert labels[place] == found.label_names[found.labels[place]]
+    with pytest.raises(CorpusError, match="no builtin images 'headwater:digits/all'; there are headwater:digits/train"):
+        open_labelled_images(DataRef(name="headwater:digits/all"), role="test")
+
+
+def test_property_the_builtin_transformer_is_made_once_and_opens_as_any_other(monkeypatch):
+    monkeypatch.setattr(bases, "EPOCHS", 1)
+    first = bases.digits_vit()
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    model, _ = open_image_encoder(ModelRef(name=str(first)))
+    assert bases.digits_vit() == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+    images, labels = open_labelled_images(DataRef(name="headwater:digits/test", limit=20), role="test")
+    features = encode_images(images, ModelRef(name="headwater:digits-vit"))[0].X
+    assert features.shape == (len(labels), model.config.hidden_size)

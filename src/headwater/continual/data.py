@@ -65,9 +65,7 @@ class StreamSpec(Spec):
 
     @model_validator(mode="after")
     def _test_given(self) -> Self:
-        if self.data.kind == "builtin":
-            if self.data.name != DOCSTRINGS:
-                raise ValueError(f"no builtin stream {self.data.name!r}; there is {DOCSTRINGS!r}")
+        if self.data.name == DOCSTRINGS:
             if self.modality != "text":
                 raise ValueError(f"{DOCSTRINGS!r} holds texts; name labelled images in `data` and `test`")
             if self.test is not None or self.validation is not None:
@@ -75,7 +73,7 @@ class StreamSpec(Spec):
                     f"{DOCSTRINGS!r} brings its own test and validation texts; leave `test` and `validation` out"
                 )
         elif self.test is None:
-            raise ValueError("`test` is missing: name the labelled texts that the stream is evaluated on")
+            raise ValueError("`test` is missing: name the labelled samples that the stream is evaluated on")
         return self
 
     def cut(self, data: StreamData, *, seed: int) -> ClassStream:
@@ -123,7 +121,7 @@ def load_stream_data(spec: StreamSpec, encoder: ModelRef | None, *, max_tokens: 
         StreamError: a test or validation label that no training sample has.
         CorpusError: nothing there to read.
     """
-    samples = docstring_data() if spec.data.kind == "builtin" else _labelled(spec)
+    samples = docstring_data() if spec.data.name == DOCSTRINGS else _labelled(spec)
     if encoder is None:
         return samples
     if spec.modality == "image":

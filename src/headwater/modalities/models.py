@@ -56,7 +56,10 @@ def model_directory(ref: ModelRef) -> str:
         raise ModelError(f"model {ref.name!r} has a meaning only inside a pipeline, after its first step")
     if ref.kind == "builtin":
         from headwater.modalities.text.bases import builtin_model
+        from headwater.modalities.vision.bases import DIGITS_VIT, digits_vit
 
+        if ref.name == DIGITS_VIT:
+            return str(digits_vit())
         return str(builtin_model(ref.name.removeprefix("headwater:")))
     if ref.kind == "hub":
         return ref.name

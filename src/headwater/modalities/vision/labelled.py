@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headwater.core.recipe import DataRef, ModelRef
 from headwater.modalities.text.docs import CorpusError
@@ -28,13 +28,25 @@ def open_labelled_images(ref: DataRef, *, role: str) -> tuple[list[bytes], list[
 
     Args:
         ref: a local folder with one folder of image files for each class; a Parquet file with a column of images, as
-            ``datasets`` writes it or of plain bytes, and one of labels; or a Hub data set.
+            ``datasets`` writes it or of plain bytes, and one of labels; a Hub data set; or the builtin
+            ``headwater:digits/PART``, where PART is train, validation or test.
         role: what to call it in errors, e.g. ``stream.train``.
 
     Raises:
         CorpusError: nothing there, no such column, or a column that holds no images.
     """
-    if ref.kind == "local" and ref.path.is_dir():
+    if ref.kind == "builtin":
+        from headwater.modalities.vision.bases import DIGITS, digit_images
+        from headwater.modalities.vision.digits import Part
+
+        name, _, part = ref.name.rpartition("/")
+        if name != DIGITS or part not in ("train", "validation", "test"):
+            raise CorpusError(
+                f"{role}: no builtin images {ref.name!r}; there are {DIGITS}/train, {DIGITS}/validation and "
+                f"{DIGITS}/test."
+            )
+        rows: Iterable[tuple[bytes, str]] = zip(*digit_images(cast(Part, part)), strict=True)
+    elif ref.kind == "local" and ref.path.is_dir():
         rows = _folder_rows(ref.path)
     elif ref.kind == "local":
         rows = _column_rows(_parquet(ref.path, role), ref, role)
