@@ -136,7 +136,7 @@ def test_property_only_the_new_modules_are_trained_and_the_switch_is_put_back_af
     wrapped = add_prompts(vit(), VptSpec(), seed=0)
     wrapped(pixel_values=PIXELS).last_hidden_state.sum().backward()
     moved = {name for name, parameter in wrapped.named_parameters() if parameter.grad is not None}
-    assert moved == {f"pets.{i}.vectors" for i in range(3)}
+    assert moved == {f"sets.default.{i}.vectors" for i in range(3)}
     with pytest.raises(KeyError), wrapped.disable_adapter():
         raise KeyError
     assert wrapped.enabled

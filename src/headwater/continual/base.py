@@ -16,9 +16,9 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ __all__ = [
     "ContinualRecipe",
     "Evaluation",
     "Evaluator",
+    "ManyVoiced",
     "Progress",
+    "Scorer",
     "StreamInfo",
 ]
 
@@ -77,14 +79,27 @@ class Batch:
     task: int | None = None
 
 
-class ContinualLearner(Protocol):
+class Scorer(Protocol):
+    """What can be evaluated."""
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores of all classes seen so far, ``(batch, n_seen)``, in order of arrival; the largest is the answer."""
+
+
+@runtime_checkable
+class ManyVoiced(Protocol):
+    """A learner in which several models vote: each gets a matrix of its own, beside that of the whole."""
+
+    @property
+    def voices(self) -> Mapping[str, Scorer]:
+        """The models by name; the same names after every task."""
+
+
+class ContinualLearner(Scorer, Protocol):
     """What a method of this stage is."""
 
     def observe(self, task: TaskData, run: Run) -> None:
         """Learn from one task's training data, the only data there are now; called once per task, in order."""
-
-    def scores(self, batch: Batch) -> Tensor:
-        """Scores of all classes seen so far, ``(batch, n_seen)``, in order of arrival; the largest is the answer."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on after the task, exactly; its size is reported as the method's memory."""
@@ -123,7 +138,7 @@ class Evaluator:
         self.stream = stream
         self.batch_size = batch_size
 
-    def __call__(self, learner: ContinualLearner, after: int) -> Evaluation:
+    def __call__(self, learner: Scorer, after: int) -> Evaluation:
         """Fill row ``after`` of R.
 
         Raises:
@@ -147,7 +162,7 @@ class Evaluator:
             correct[stream.data.test.tasks == task] = right
         return Evaluation(accuracy, local, correct)
 
-    def validation(self, learner: ContinualLearner, after: int) -> float | None:
+    def validation(self, learner: Scorer, after: int) -> float | None:
         """Accuracy on the validation samples of the tasks up to ``after``, pooled; ``None`` where there are none."""
         stream, right = self.stream, []
         for index in range(after + 1):
@@ -161,7 +176,7 @@ class Evaluator:
             right.append(scores.argmax(1).numpy() == part.labels)
         return float(np.concatenate(right).mean()) if right else None
 
-    def scores(self, learner: ContinualLearner, inputs: NDArray[Any], task: int, seen: int) -> Tensor:  # Any: see Batch
+    def scores(self, learner: Scorer, inputs: NDArray[Any], task: int, seen: int) -> Tensor:  # Any: see Batch
         """Scores of ``inputs``, ``(n, seen)`` float32 or wider on the CPU; errors as ``__call__``."""
         told = task if self.stream.scenario == "task" else None
         parts = []
@@ -189,6 +204,7 @@ class Progress:
         memory_bytes: size of the learner's state after each task.
         seconds: spent in ``observe``.
         validation: accuracy on the validation samples of the first tasks, taken when they were over.
+        voices: R of each voice of a learner that has several.
     """
 
     rows: list[list[float]]
@@ -196,6 +212,7 @@ class Progress:
     memory_bytes: list[int]
     seconds: float = 0.0
     validation: float | None = None
+    voices: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 class ContinualRecipe(Recipe):
@@ -268,6 +285,8 @@ class ContinualRecipe(Recipe):
         evaluation = evaluator(learner, index)
         progress.rows.append(evaluation.accuracy.tolist())
         progress.local.append(evaluation.local.tolist())
+        for name, voice in (learner.voices if isinstance(learner, ManyVoiced) else {}).items():
+            progress.voices.setdefault(name, []).append(evaluator(voice, index).accuracy.tolist())
         if index + 1 == min(self.tune_tasks, len(stream)):
             progress.validation = evaluator.validation(learner, index)
         pooled = np.average(evaluation.accuracy[: index + 1], weights=stream.test_counts[: index + 1])
@@ -287,7 +306,11 @@ def _report(stream: ClassStream, progress: Progress, last: Evaluation, run: Run)
     growth = (progress.memory_bytes[-1] - progress.memory_bytes[0]) / arrived if arrived else 0.0
     metrics |= {"memory/bytes": float(progress.memory_bytes[-1]), "memory/growth_per_class": growth}
 
-    curve = accuracy_curve(matrix, counts).tolist()
+    curves = {"acc/curve": accuracy_curve(matrix, counts).tolist()}
+    for name, rows in progress.voices.items():
+        of_voice = summarize(rows, counts)
+        metrics |= {f"{name}/{key}": of_voice[key] for key in ("acc/last", "acc/average", "forgetting/max")}
+        curves[f"{name}/acc/curve"] = accuracy_curve(rows, counts).tolist()
     table = io.StringIO()
     csv.writer(table).writerows(progress.rows)
     atomic_write_text(run.path("matrix.csv"), table.getvalue())
@@ -299,14 +322,20 @@ def _report(stream: ClassStream, progress: Progress, last: Evaluation, run: Run)
             "matrix": progress.rows,
             "local": progress.local,
             "test_counts": counts.tolist(),
-            "curve": curve,
+            "curve": curves["acc/curve"],
             "classes": [list(classes) for classes in stream.classes],
             "label_names": list(stream.data.label_names),
+            **({"voices": progress.voices} if progress.voices else {}),
         },
     )
     run.write_json(
         "trajectory.json",
-        {"x": "tasks", "series": {"acc/curve": [[float(t), value] for t, value in enumerate(curve, start=1)]}},
+        {
+            "x": "tasks",
+            "series": {
+                name: [[float(t), value] for t, value in enumerate(curve, start=1)] for name, curve in curves.items()
+            },
+        },
     )
     ids = [str(row) for row in stream.test_rows]
     run.write_json("items.json", {"acc/last": {"ids": ids, "values": last.correct.astype(float).tolist()}})

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.modalities.features import ArrayEncoder, Encoder
 
-__all__ = ["save_adapted", "save_classifier", "write_card"]
+__all__ = ["feature_code", "save_adapted", "save_classifier", "write_card"]
 
 
 def save_adapted(adapter: Any, kind: str, directory: Path) -> None:  # Any: PEFT's models are untyped
@@ -55,11 +55,7 @@ def write_card(
     transformers = isinstance(encoder, Encoder)
     code = [
         "import json",
-        "import torch",
-        "from safetensors.torch import load_file",
-        *(_open(encoder) if isinstance(encoder, Encoder) else []),
-        "",
-        *(_features(encoder) if isinstance(encoder, Encoder) else _ARRAY_FEATURES),
+        *feature_code(encoder),
         "",
         *_adapted(kind, transformers),
         "",
@@ -86,6 +82,21 @@ _WHAT: dict[str | None, str] = {
     "adapter": "`adapter/` holds bottlenecks that stand beside modules of the encoder, trained on the first task.",
     "vpt": "`adapter/` holds prompt vectors that stand among the tokens of the encoder, trained on the first task.",
 }
+
+
+def feature_code(encoder: nn.Module) -> list[str]:
+    """Lines of Python that open ``base``, a transformers model, and define ``features(model, inputs)``.
+
+    Args:
+        encoder: an ``Encoder`` that has made features; of an ``ArrayEncoder``, ``base`` is left to the reader.
+    """
+    return [
+        "import torch",
+        "from safetensors.torch import load_file",
+        *(_open(encoder) if isinstance(encoder, Encoder) else []),
+        "",
+        *(_features(encoder) if isinstance(encoder, Encoder) else _ARRAY_FEATURES),
+    ]
 
 
 def save_classifier(

@@ -3,14 +3,17 @@
     adapter   y = f(h) + s W_up relu(W_down h)    beside a module f: each block's feed-forward part, or any layer named
     prompts   [h; p_l]                            p_l: vectors added to the tokens that block l of a ViT reads
 
-At the start W_up is zero, so an adapter changes nothing; prompts do.
+At the start W_up is zero, so an adapter changes nothing; prompts do. A learned factor may multiply what an adapter
+gives (``CalibrationScale``), and a second set of modules may stand at the same sites (``PetModel.add_adapter``).
 
 Sources: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", arXiv:2205.13535
-(adapter in parallel, s = 0.1); Jia et al., "Visual Prompt Tuning", arXiv:2203.12119 (prompts, deep and shallow).
+(adapter in parallel, s = 0.1); Jia et al., "Visual Prompt Tuning", arXiv:2203.12119 (prompts, deep and shallow);
+Gao et al., "A Unified Continual Learning Framework with General Parameter-Efficient Tuning", arXiv:2303.10070 (factor).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +30,24 @@ from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.recipe import Spec
 from headwater.core.rng import torch_generator
 
-__all__ = ["AdapterSpec", "ParallelAdapter", "PetModel", "Prompts", "VptSpec", "add_adapters", "add_prompts", "blocks"]
+__all__ = [
+    "AdapterSpec",
+    "CalibrationScale",
+    "Hook",
+    "ParallelAdapter",
+    "PetModel",
+    "Prompts",
+    "VptSpec",
+    "add_adapters",
+    "add_prompts",
+    "attentions",
+    "blocks",
+]
+
+Hook = Callable[..., Any]  # Any: what torch's hooks take and give
 
 _FEED_FORWARD = ("mlp", "ffn", "feed_forward")
+_KEY_VALUE = (("key", "value"), ("k_proj", "v_proj"), ("k_lin", "v_lin"), ("k", "v"))
 _PLAIN_VITS = ("vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model")
 
 
@@ -54,6 +72,22 @@ class VptSpec(Spec):
     deep: bool = Field(default=True, description="new ones before every block, or only before the first")
 
 
+class CalibrationScale(nn.Module):
+    """A learned factor, 1 at the start: how fast what it multiplies adapts is learned, too.
+
+    Shapes:
+        input and output of any shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: Tensor) -> Tensor:
+        """The product."""
+        return self.value.to(output.dtype) * output
+
+
 class ParallelAdapter(nn.Module):
     """The bottleneck beside a module.
 
@@ -63,6 +97,7 @@ class ParallelAdapter(nn.Module):
         out_features: width of what the module gives; ``in_features`` by default.
         scale: s of the equation.
         generator: draws the weights.
+        calibrated: learn a factor of the output.
 
     Shapes:
         input ``(..., in_features)``; output ``(..., out_features)``, zero at the start.
@@ -75,12 +110,15 @@ class ParallelAdapter(nn.Module):
         out_features: int | None = None,
         scale: float = 0.1,
         generator: torch.Generator | None = None,
+        *,
+        calibrated: bool = False,
     ) -> None:
         super().__init__()
         # A layer's own initialisation would draw from the global generator.
         self.down: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, width)  # type: ignore[no-untyped-call]
         self.up: nn.Linear = nn.utils.skip_init(nn.Linear, width, out_features or in_features)  # type: ignore[no-untyped-call]
         self.scale = scale
+        self.calibration: nn.Module = CalibrationScale() if calibrated else nn.Identity()
         nn.init.kaiming_uniform_(self.down.weight, a=5**0.5, generator=generator)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -88,7 +126,8 @@ class ParallelAdapter(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """What is added to the module's output."""
         output: Tensor = self.up(nn.functional.relu(self.down(hidden_states.to(self.down.weight.dtype))))
-        return self.scale * output
+        calibrated: Tensor = self.calibration(output)
+        return self.scale * calibrated
 
 
 class Prompts(nn.Module):
@@ -124,9 +163,28 @@ class PetModel(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.sites = tuple(pets)
-        self.pets = nn.ModuleList(pets.values()).to(next(model.parameters()).device)
+        pets_at_sites = nn.ModuleList(pets.values()).to(next(model.parameters()).device)
+        self.sets = nn.ModuleDict({"default": pets_at_sites})  # PEFT's name for the first one
+        self.active_adapter = "default"
         self.about = dict(about)
         self.enabled = True
+
+    @property
+    def pets(self) -> nn.ModuleList:
+        """The modules in use, one for each of ``sites``."""
+        pets = self.sets[self.active_adapter]
+        assert isinstance(pets, nn.ModuleList)
+        return pets
+
+    def add_adapter(self, name: str) -> None:
+        """Keep a second set of modules, frozen, at first equal to those in use."""
+        self.sets[name] = copy.deepcopy(self.pets).requires_grad_(False)
+
+    def set_adapter(self, name: str) -> None:
+        """Use another set; unlike PEFT's, this leaves alone what requires a gradient."""
+        if name not in self.sets:
+            raise ValueError(f"no set of modules {name!r}; there is {', '.join(self.sets)}.")
+        self.active_adapter = name
 
     def get_base_model(self) -> nn.Module:
         """The model without the wrapper."""
@@ -146,17 +204,19 @@ class PetModel(nn.Module):
             self.enabled = before
 
     def save_pretrained(self, directory: Path | str) -> None:
-        """Write ``pet.safetensors``, tensors named ``SITE.PARAMETER``, and ``pet.json``."""
-        directory = Path(directory)
-        tensors = {
-            f"{site}.{name}": tensor.detach().cpu().contiguous()
-            for site, pet in zip(self.sites, self.pets, strict=True)
-            for name, tensor in pet.named_parameters()
-        }
-        with atomic_path(directory / "pet.safetensors") as path:
-            save_file(tensors, path)
+        """Write ``pet.safetensors``, tensors named ``SITE.PARAMETER``, and ``pet.json``; another set to ``NAME/``."""
         said = {"format": 1, **self.about, "sites": list(self.sites)}
-        atomic_write_text(directory / "pet.json", json.dumps(said, indent=2) + "\n")
+        for name, pets in self.sets.items():
+            home = Path(directory) / ("" if name == "default" else name)
+            assert isinstance(pets, nn.ModuleList)
+            tensors = {
+                f"{site}.{part}": tensor.detach().cpu().contiguous()
+                for site, pet in zip(self.sites, pets, strict=True)
+                for part, tensor in pet.named_parameters()
+            }
+            with atomic_path(home / "pet.safetensors") as path:
+                save_file(tensors, path)
+            atomic_write_text(home / "pet.json", json.dumps(said, indent=2) + "\n")
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -184,13 +244,33 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{i}": block for name in outermost for i, block in enumerate(lists[name])}
 
 
-def add_adapters(model: nn.Module, spec: AdapterSpec, *, seed: int) -> PetModel:
+def attentions(model: nn.Module, first: int) -> dict[str, tuple[str, str]]:
+    """Where the first blocks project to keys and to values, by linear layers of their own.
+
+    Args:
+        model: any; without blocks, or with projections that are fused, it has no such place.
+        first: how many blocks to look at; fewer where there are fewer.
+
+    Returns:
+        Name of each module that holds both projections, to the names of the two layers in it.
+    """
+    found = {}
+    for block, module in list(blocks(model).items())[:first]:
+        for name, part in module.named_modules():
+            for pair in _KEY_VALUE:
+                if all(isinstance(getattr(part, layer, None), nn.Linear) for layer in pair):
+                    found[f"{block}.{name}" if name else block] = pair
+    return found
+
+
+def add_adapters(model: nn.Module, spec: AdapterSpec, *, seed: int, calibrated: bool = False) -> PetModel:
     """Put a bottleneck adapter beside each target; at first nothing changes.
 
     Args:
         model: frozen in place.
         spec: the adapters.
         seed: of their weights.
+        calibrated: learn a factor of each one's output.
 
     Raises:
         ValueError: no module matches ``targets``, or the width of one cannot be told.
@@ -199,10 +279,11 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, *, seed: int) -> PetModel:
     pets: dict[str, nn.Module] = {}
     for name, module in chosen.items():
         generator = torch_generator(seed, "adapter", name)
-        pets[name] = ParallelAdapter(*_widths(model, name, module, spec.width), spec.scale, generator)
+        widths = _widths(model, name, module, spec.width)
+        pets[name] = ParallelAdapter(*widths, spec.scale, generator, calibrated=calibrated)
     wrapped = PetModel(model, pets, {"kind": "adapter", "scale": spec.scale})
-    for module, pet in zip(chosen.values(), wrapped.pets, strict=True):
-        module.register_forward_hook(_beside(wrapped, pet), with_kwargs=True)
+    for index, module in enumerate(chosen.values()):
+        module.register_forward_hook(_beside(wrapped, index), with_kwargs=True)
     return wrapped
 
 
@@ -233,14 +314,11 @@ def _widths(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple
     return hidden, width, hidden
 
 
-Hook = Callable[..., Any]  # Any: what torch's hooks take and give
-
-
-def _beside(wrapped: PetModel, pet: nn.Module) -> Hook:
+def _beside(wrapped: PetModel, index: int) -> Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not wrapped.enabled:
             return None
-        added = pet(args[0] if args else next(iter(kwargs.values())))
+        added = wrapped.pets[index](args[0] if args else next(iter(kwargs.values())))
         if isinstance(output, Tensor):
             return output + added.to(output.dtype)
         return (output[0] + added.to(output[0].dtype), *output[1:])
@@ -272,17 +350,18 @@ def add_prompts(model: nn.Module, spec: VptSpec, *, seed: int) -> PetModel:
     pets = {name: Prompts(spec.num, config.hidden_size, torch_generator(seed, "prompts", name)) for name in names}
     ends = names if spec.deep else list(found)[-1:]
     wrapped = PetModel(model, pets, {"kind": "vpt", "num": spec.num, "ends": ends})
-    for name, pet in zip(names, wrapped.pets, strict=True):
-        found[name].register_forward_pre_hook(_among(wrapped, pet), with_kwargs=True)
+    for index, name in enumerate(names):
+        found[name].register_forward_pre_hook(_among(wrapped, index), with_kwargs=True)
     for name in ends:
         found[name].register_forward_hook(_without(wrapped, spec.num))
     return wrapped
 
 
-def _among(wrapped: PetModel, prompts: nn.Module) -> Hook:
+def _among(wrapped: PetModel, index: int) -> Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not wrapped.enabled:
             return None
+        prompts = wrapped.pets[index]
         if args:
             return (prompts(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": prompts(kwargs["hidden_states"])}
