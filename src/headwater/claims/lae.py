@@ -147,7 +147,7 @@ def _tuned(scale: Scale, arm: str) -> tuple[float, str]:
     assert data.validation is not None
     data = replace(data, test=data.validation)
     figures = {}
-    for lr in LEARNING_RATES[:2] if scale == "smoke" else LEARNING_RATES:
+    for lr in LEARNING_RATES[:1] if scale == "smoke" else LEARNING_RATES:
         trial = _recipe(scale, TUNED_ON, lr=lr, **ARMS[arm])
         trial = trial.model_copy(update={"stream": trial.stream.model_copy(update={"tasks": 2})})
         try:
