@@ -190,6 +190,7 @@ FAMILIES: dict[str, Setting] = {
                     "fit": {"precision": "fp32", "checkpoint_every": 2, "log_every": 1},
                 }
                 for method in ("slca", "sequential_finetuning")
+            },
             "lae": {
                 "pet": {"kind": "lora", "r": 2},
                 "epochs": 2,
