@@ -7,13 +7,14 @@ Source: Gao et al., "A Unified Continual Learning Framework with General Paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from headwater.continual.heads import GrowingLinear
-from headwater.core.objective import Loss, OverBatch
+from headwater.continual.training import TaskCrossEntropy
+from headwater.core.objective import OverBatch
 
 __all__ = ["CurrentClasses", "OfflineCopy", "decay_per_step"]
 
@@ -64,7 +65,7 @@ class OfflineCopy(nn.Module):
         torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self._online[0]], 1 - self.decay)
 
 
-class CurrentClasses(nn.Module):
+class CurrentClasses(TaskCrossEntropy):
     """Cross-entropy of a head over some of its classes, moving an offline copy along; an ``Objective``.
 
     Args:
@@ -73,24 +74,13 @@ class CurrentClasses(nn.Module):
         offline: is updated between steps. The update after the last one is the caller's.
     """
 
-    unit = "nats/sample"
-
     def __init__(self, head: GrowingLinear, classes: Sequence[int], offline: OfflineCopy | None = None) -> None:
-        super().__init__()
-        self.head, self.offline = head, offline
-        others = torch.ones(head.out_features, dtype=torch.bool)
-        others[list(classes)] = False
-        self.register_buffer("others", others, persistent=False)
+        competing = torch.zeros(head.out_features, dtype=torch.bool)
+        competing[list(classes)] = True
+        super().__init__(head, competing)
+        self.offline = offline
 
     def begin_step(self, progress: float, over_batch: OverBatch | None) -> None:
         """Take in what the step before did."""
         if self.offline is not None and progress > 0:
             self.offline.update()
-
-    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """Measure one micro-batch."""
-        labels = batch["labels"]
-        logits = self.head(model({name: value for name, value in batch.items() if name not in ("labels", "row")}))
-        logits = logits.float().masked_fill(self.others, float("-inf"))
-        right = (logits.argmax(1) == labels).float().mean()
-        return Loss(nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels), {"acc/train": right})
