@@ -2,6 +2,8 @@ import io
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
@@ -25,13 +27,15 @@ from transformers import (
 from headwater.adapt.base import AdaptTask
 from headwater.adapt.data import encode_task, read_task
 from headwater.adapt.gda import GDA, ZeroShot
+from headwater.adapt.gram import Gram
 from headwater.adapt.references import SklearnHead
 from headwater.core.recipe import DataRef, ModelRef, RecipeError
-from headwater.core.run import execute
+from headwater.core.run import Run, execute
 from headwater.modalities.features import extract_features, zero_shot_weights
+from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import CorpusError
 from headwater.modalities.text.tokenizers import train_bpe
-from headwater.modalities.vision.labelled import decode_image
+from headwater.modalities.vision.labelled import decode_image, encode_images
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -200,3 +204,35 @@ def test_property_another_seed_draws_other_shots(tmp_path, pictures, encoders):
         for i, seed in enumerate((0, 0, 1))
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Pictures with a caption each, as a Parquet file; the first three are pictures of the test set."""
+    held = [picture(colour, [1, number, 0]) for number, colour in enumerate(COLOURS)]
+    forms = ("a {0} picture", "{0} {0} {0} {0} {0}")  # two domains
+    others = [(picture(c, [9, i]), forms[i % 2].format(c)) for i in range(16) for c in COLOURS]
+    images = [*held, *(image for image, _ in others)]
+    captions = [*(f"a {colour} picture" for colour in COLOURS), *(caption for _, caption in others)]
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "pairs.parquet")
+    return {"name": str(tmp_path / "pairs.parquet"), "input_field": "image", "label_field": "caption"}
+
+
+def test_property_gram_learns_its_prompt_from_captioned_images(tmp_path, pictures, encoders, captioned):
+    fields = {"modality": "image", "train": pictures["train"], "test": pictures["test"], "pairs": captioned}
+    meta = {"steps": 2, "ways": 2, "shots": 2, "queries": 1, "domains": 2, "classes": 2}
+    recipe = Gram(model=encoders["clip"], meta=meta, steps=2, **fields)
+    with Run(tmp_path / "run", recipe) as run:
+        metrics = recipe.run(run)
+    assert metrics["data/dropped_pairs"] == len(COLOURS)
+    weight = load_file(tmp_path / "run" / "model" / "classes.safetensors")["weight"]
+    features = encode_images([picture("red", 0)], encoders["clip"], normalize=True)[0].X
+    assert weight.shape == (len(COLOURS), features.shape[1])
+    assert json.loads((tmp_path / "run" / "model" / "prompt.json").read_text())["modality"] == "image"
+
+
+def test_rejects_gram_on_an_encoder_that_reads_no_words(tmp_path, pictures, encoders, captioned):
+    fields = {"modality": "image", "train": pictures["train"], "test": pictures["test"], "pairs": captioned}
+    recipe = Gram(model=encoders["vit"], **fields)
+    with pytest.raises(ModelError, match="reads images but no class phrases"), Run(tmp_path / "run", recipe) as run:
+        recipe.run(run)

@@ -20,7 +20,7 @@ from headwater.modalities.text.labelled import text_array
 from headwater.modalities.text.sources import open_labelled
 from headwater.modalities.vision.labelled import encode_images, open_labelled_images, pixel_digest
 
-__all__ = ["Examples", "InputKind", "TaskData", "docstring_task", "encode_task", "read_task"]
+__all__ = ["Examples", "InputKind", "TaskData", "docstring_task", "encode_task", "read_task", "rows_apart"]
 
 InputKind = Literal["text", "image"]
 
@@ -226,21 +226,17 @@ def _without_overlap(parts: Mapping[str, Examples], fingerprint: str, modality: 
     path = cache_dir("overlap") / f"labelled-{fingerprint[:24]}.json"
     if not path.exists():
         held = [item for role, part in parts.items() if role != "train" for item in part.inputs]
-        find = _new_images if modality == "image" else _new_texts
-        atomic_write_text(path, json.dumps(find(parts["train"].inputs.tolist(), held)))
+        atomic_write_text(path, json.dumps(rows_apart(parts["train"].inputs.tolist(), held, modality)))
     return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
 
 
-def _new_texts(train: Sequence[str], held: Sequence[str]) -> list[int]:
-    kept = drop_overlap(
-        [Document(str(i), x, {}) for i, x in enumerate(train)], [Document("", x, {}) for x in held]
-    ).kept
-    return [int(document.id) for document in kept]
-
-
-def _new_images(train: Sequence[bytes], held: Sequence[bytes]) -> list[int]:
-    seen = {pixel_digest(image) for image in held}
-    return [row for row, image in enumerate(train) if pixel_digest(image) not in seen]
+def rows_apart(inputs: Sequence[Any], held: Sequence[Any], modality: InputKind) -> list[int]:  # Any: texts or images
+    """Rows of ``inputs`` that repeat nothing held out: of texts exactly or nearly, of images pixel by pixel."""
+    if modality == "image":
+        seen = {pixel_digest(image) for image in held}
+        return [row for row, image in enumerate(inputs) if pixel_digest(image) not in seen]
+    own = [Document(str(row), text, {}) for row, text in enumerate(inputs)]
+    return [int(document.id) for document in drop_overlap(own, [Document("", text, {}) for text in held]).kept]
 
 
 def _fingerprint(parts: Sequence[Examples]) -> str:

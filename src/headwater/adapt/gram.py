@@ -11,8 +11,8 @@ a step which helps its own task must not cost others.
 
 Source: Li et al., "Gradient-Regulated Meta-Prompt Learning for Generalizable Vision-Language Models", arXiv:2303.06571.
 Differs: the form of M_phi, the numbers of clusters, steps and rates could not be checked and are ours; so is that the
-    outer loss weighs the task's own queries and another domain's alike. The recipe tunes the text prompt on texts; the
-    parts take images and visual prompts as well.
+    outer loss weighs the task's own queries and another domain's alike. The recipe tunes the text prompt; the parts
+    take visual prompts as well.
 Needs: a dual or sentence encoder, unlabelled pairs, a few labelled examples and descriptions of their classes.
 """
 
@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from headwater.adapt.base import AdaptRecipe, AdaptTask
-from headwater.adapt.data import TaskData, encode_task
+from headwater.adapt.data import TaskData, encode_task, rows_apart
 from headwater.adapt.gram_model import PromptedClassifier, PromptedDualEncoder, Prompts
 from headwater.adapt.gram_regulator import (
     GradientRegulator,
@@ -45,10 +45,11 @@ from headwater.core.checkpoint import CheckpointStore
 from headwater.core.recipe import DataRef, Metrics, Name, Spec
 from headwater.core.rng import torch_generator
 from headwater.core.training_state import load_tensors, training_tensors
-from headwater.modalities.text.docs import Document, drop_overlap
+from headwater.modalities.models import ModelError
 from headwater.modalities.text.labelled import encode_texts
 from headwater.modalities.text.softprompt import SoftPrompt
 from headwater.modalities.text.sources import open_labelled
+from headwater.modalities.vision.labelled import encode_images, open_labelled_images
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -218,7 +219,9 @@ class Gram(AdaptRecipe):
 
     id: ClassVar[str] = "gram"
 
-    pairs: DataRef = Field(description="unlabelled pairs: texts, and a caption of each in the label's column")
+    pairs: DataRef = Field(
+        description="unlabelled pairs: texts or, as `modality` says, images; a caption of each in the label's column"
+    )
     prompt_tokens: int = Field(default=4, gt=0, description="trained vectors before each class phrase")
     prompt_text: Name | None = Field(
         default=None, description="words that the prompt begins at before meta-training; null for random vectors"
@@ -235,20 +238,22 @@ class Gram(AdaptRecipe):
     )
 
     def run_on(self, data: TaskData, run: Run) -> Metrics:
-        """Leave out pairs that repeat a held-out text; then as every method of the stage, on features.
+        """Leave out pairs that repeat a held-out input; then as every method of the stage, on features.
 
         Raises:
-            ValueError: the inputs are features, where texts are needed.
+            ValueError: the inputs are features, where texts or images are needed.
         """
         if data.train.inputs.ndim != 1:
-            raise ValueError(f"gram reads texts (n,); got inputs of shape {data.train.inputs.shape}.")
-        bodies, captions = open_labelled(self.pairs, role="pairs")
-        run.record_data("pairs", hashlib.sha256(json.dumps([bodies, captions]).encode()).hexdigest())
-        held = [Document(role, text, {}) for role, part in data.parts() if role != "train" for text in part.inputs]
-        own = [Document(str(row), body, {}) for row, body in enumerate(bodies)]
-        kept = [int(document.id) for document in drop_overlap(own, held).kept]
+            raise ValueError(f"gram reads texts or images (n,); got inputs of shape {data.train.inputs.shape}.")
+        bodies, captions = self._pairs()
+        digest = hashlib.sha256(json.dumps([captions, self.modality]).encode())
+        for body in bodies:
+            digest.update(hashlib.sha256(body if isinstance(body, bytes) else body.encode()).digest())
+        run.record_data("pairs", digest.hexdigest())
+        held = [item for role, part in data.parts() if role != "train" for item in part.inputs]
+        kept = rows_apart(bodies, held, self.modality)
         run.write_json("pairs.json", {"kept": kept, "of": len(bodies)})
-        encoded = encode_task(data, self.model, max_tokens=self.max_tokens)
+        encoded = encode_task(data, self.model, modality=self.modality, max_tokens=self.max_tokens)
         metrics = super().run_on(encoded, run)
         return metrics | {
             "data/dropped_pairs": float(len(bodies) - len(kept)),
@@ -278,11 +283,21 @@ class Gram(AdaptRecipe):
         losses = tune_prompts(encoder, regulators, features, labels, task.label_texts, steps=self.steps, lr=self.lr)
         for step, loss in enumerate(losses):
             run.log({"loss": loss}, phase="task", step=step)
-        about = {"model": str(self.model), "max_tokens": self.max_tokens, "labels": list(task.label_names)}
+        about = {
+            "model": str(self.model),
+            "modality": self.modality,
+            "max_tokens": self.max_tokens,
+            "labels": list(task.label_names),
+        }
         return PromptedClassifier(encoder, regulators, task.label_texts, about)
 
     def _encoder(self, task: AdaptTask) -> PromptedDualEncoder:
-        model, tokenizer = task.encoder()
+        model, processor = task.encoder()
+        if self.modality == "image" and not hasattr(model, "get_text_features"):
+            raise ModelError(
+                f"model {self.model.name!r} reads images but no class phrases; give a dual encoder (CLIP)."
+            )
+        tokenizer = getattr(processor, "tokenizer", processor)  # a dual encoder's processor holds both
         if self.prompt_text is None:
             tower: Any = getattr(model, "text_model", model)  # Any: Hugging Face's
             width = int(tower.get_input_embeddings().weight.shape[1])
@@ -295,17 +310,20 @@ class Gram(AdaptRecipe):
         )
 
     def _tasks(self, run: Run) -> tuple[Tensor, TaskSampler, float]:
-        """Features of the pairs' texts, tasks over them, and the seconds that the features took."""
-        bodies, captions = open_labelled(self.pairs, role="pairs")
+        """Features of the captioned sides, tasks over the pairs, and the seconds that the features took."""
+        bodies, captions = self._pairs()
         kept = json.loads(run.path("pairs.json").read_text(encoding="utf-8"))["kept"]
         bodies, captions = [bodies[row] for row in kept], [captions[row] for row in kept]
-        images, texts = (
-            encode_texts(part, self.model, max_tokens=self.max_tokens, normalize=True) for part in (bodies, captions)
-        )
+        texts = encode_texts(captions, self.model, max_tokens=self.max_tokens, normalize=True)
+        if self.modality == "image":
+            images, seconds = encode_images(bodies, self.model, normalize=True)
+        else:
+            read = encode_texts(bodies, self.model, max_tokens=self.max_tokens, normalize=True)
+            images, seconds = read.store, read.seconds
         meta = self.meta
         tasks = hierarchical_tasks(
             texts.store.X,
-            images.store.X,
+            images.X,
             captions,
             meta.domains,
             meta.classes,
@@ -317,4 +335,8 @@ class Gram(AdaptRecipe):
         run.notes["tasks"] = f"{sum(map(len, tasks.domains))} classes in {len(tasks.domains)} domains"
         for words in tasks.skipped:
             run.logger.info("skipped: %s", words)
-        return torch.from_numpy(np.array(images.store.X)), tasks, images.seconds + texts.seconds
+        return torch.from_numpy(np.array(images.X)), tasks, seconds + texts.seconds
+
+    def _pairs(self) -> tuple[list[Any], list[str]]:  # Any: texts or encoded images
+        opened = open_labelled_images if self.modality == "image" else open_labelled
+        return opened(self.pairs, role="pairs")
