@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from headwater.core.order import VirtualIndex, permutation
+from headwater.core.order import GroupedIndex, VirtualIndex, permutation
 
 
 def test_equation_virtual_position_is_epoch_and_permuted_item():
@@ -71,3 +71,34 @@ def test_rejects_bad_arguments():
         VirtualIndex(3, 0)([0, -2])
     with pytest.raises(ValueError, match="epoch and n must be >= 0"):
         permutation(0, -1, 3)
+
+
+def test_property_groups_take_turns_and_each_is_read_evenly():
+    groups = np.array(["b"] * 5 + ["a"] * 2 + ["c"] * 3)
+    epochs, items = GroupedIndex(groups, seed=4)(np.arange(90))
+    assert groups[items].tolist() == ["a", "b", "c"] * 30
+    for name, size in (("a", 2), ("b", 5), ("c", 3)):
+        own = items[groups[items] == name]
+        assert (np.sort(own.reshape(-1, size), axis=1) == np.flatnonzero(groups == name)).all()
+        assert epochs[groups[items] == name].tolist() == [turn // size for turn in range(30)]
+
+
+def test_property_grouped_seeking_equals_reading_in_order_and_seeds_differ():
+    groups = np.arange(40) % 3
+    straight = GroupedIndex(groups, 1)(np.arange(200))[1]
+    jumping = GroupedIndex(groups, 1)
+    positions = np.random.default_rng(0).permutation(200)
+    assert [int(jumping(np.array([p]))[1][0]) for p in positions] == straight[positions].tolist()
+    assert (GroupedIndex(groups, 2)(np.arange(200))[1] != straight).any()
+
+
+def test_degenerate_one_group_is_one_walk():
+    epochs, items = GroupedIndex(["x"] * 4, 0)(np.arange(8))
+    assert epochs.tolist() == [0] * 4 + [1] * 4
+    assert sorted(items[:4].tolist()) == sorted(items[4:].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("groups", [[], [["a"]]])
+def test_rejects_groups_of_no_item(groups):
+    with pytest.raises(ValueError, match=r"groups must be \(n,\), with n > 0; got shape"):
+        GroupedIndex(groups, 0)

@@ -76,6 +76,7 @@ class AdaptTask:
         train: the training examples, few-shot where the recipe says so.
         label_names, label_texts: name and description of each class.
         test, ood: sealed; touching them raises ``TestLeak``.
+        figures: what a method measured about what it learned, by the metric's name; they join the run's metrics.
     """
 
     def __init__(self, data: TaskData, train: Examples, recipe: AdaptRecipe) -> None:
@@ -84,6 +85,7 @@ class AdaptTask:
         self.label_texts = data.label_texts
         self.test = Sealed("the test set")
         self.ood = Sealed("the shifted test sets")
+        self.figures: dict[str, float] = {}
         self._validation = data.validation
         self._validation_seen = False
         self._model, self._modality = recipe.model, recipe.modality
@@ -220,6 +222,7 @@ class AdaptRecipe(Recipe):
 
         labels, trainable = float(task.labels), float(adapted.trainable_parameters)
         run.cost |= {"seconds": fit_seconds, "labels": labels, "trainable": trainable}
+        metrics |= task.figures
         return metrics | {
             "data/dropped_overlap": float(data.dropped_overlap),
             "cost/fit_seconds": fit_seconds,

@@ -17,7 +17,7 @@ from headwater.modalities.text import labelled
 from headwater.modalities.text.docs import CorpusError, Document, drop_overlap
 from headwater.modalities.text.docstrings import docstring_dataset
 from headwater.modalities.text.labelled import text_array
-from headwater.modalities.text.sources import open_labelled
+from headwater.modalities.text.sources import open_grouped, open_labelled
 from headwater.modalities.vision.labelled import encode_images, open_labelled_images, pixel_digest
 
 __all__ = ["Examples", "InputKind", "TaskData", "docstring_task", "encode_task", "read_task", "rows_apart"]
@@ -32,17 +32,19 @@ class Examples:
     Attributes:
         inputs: texts, or images as encoded files, ``(n,)``, dtype object; or features ``(n, D)``.
         labels: class indices, ``(n,)`` int64.
+        groups: where each comes from, such as its domain, ``(n,)`` strings; ``None`` where nobody said.
     """
 
     inputs: NDArray[Any]  # Any: texts, encoded files or floats
     labels: NDArray[np.int64]
+    groups: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: NDArray[Any]) -> Examples:  # Any: positions or a mask
         """Some of them, by position or boolean mask."""
-        return Examples(self.inputs[rows], self.labels[rows])
+        return Examples(self.inputs[rows], self.labels[rows], None if self.groups is None else self.groups[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,8 @@ class TaskData:
         features_seconds: that a frozen encoder took.
 
     Raises:
-        ValueError: inputs and labels of different lengths, an empty training or test set, labels that are no class
-            indices, or a class without a training example.
+        ValueError: inputs, labels and groups of different lengths, an empty training or test set, labels that are no
+            class indices, or a class without a training example.
     """
 
     train: Examples
@@ -79,6 +81,8 @@ class TaskData:
         for role, part in self.parts():
             if len(part.inputs) != len(part.labels):
                 raise ValueError(f"{role}: {len(part.inputs)} inputs have {len(part.labels)} labels.")
+            if part.groups is not None and len(part.groups) != len(part.labels):
+                raise ValueError(f"{role}: {len(part.labels)} examples have {len(part.groups)} groups.")
             if not len(part):
                 raise ValueError(f"{role}: no examples.")
             if part.labels.min() < 0 or part.labels.max() >= len(self.label_names):
@@ -102,7 +106,7 @@ class TaskData:
 
     def mapped(self, inputs: Mapping[str, NDArray[Any]], **changes: Any) -> TaskData:  # Any: inputs as in Examples
         """The same examples with other inputs, given by the names of ``parts``."""
-        parts = {role: Examples(inputs[role], part.labels) for role, part in self.parts()}
+        parts = {role: replace(part, inputs=inputs[role]) for role, part in self.parts()}
         ood = {name: parts[f"ood.{name}"] for name in self.ood}
         changed: TaskData = replace(
             self, train=parts["train"], test=parts["test"], validation=parts.get("validation"), ood=ood, **changes
@@ -136,6 +140,8 @@ def read_task(
     label_texts: Mapping[str, str] | None = None,
     *,
     modality: InputKind = "text",
+    group_field: str | None = None,
+    holdout: str | None = None,
 ) -> TaskData:
     """Read labelled texts or images; classes are the labels of the training set, sorted.
 
@@ -149,15 +155,23 @@ def read_task(
         ood: shifted test sets by name.
         label_texts: descriptions by label; the label itself where there is none.
         modality: what the examples are; ``open_labelled`` and ``open_labelled_images`` say from where.
+        group_field: column of the training texts that says where each comes from.
+        holdout: such a group, which is then no training text but a shifted test set of that name.
 
     Raises:
-        CorpusError: nothing there, fewer than two classes, a label or description that no training example has, or a
-            class of which every training example repeats a held-out one.
+        CorpusError: nothing there, no such column or group, fewer than two classes, a label or description that no
+            training example has, or a class of which every training example repeats a held-out one.
     """
     refs = {"train": train, "test": test} | ({"validation": validation} if validation else {})
     refs |= {f"ood.{name}": ref for name, ref in (ood or {}).items()}
     opened = open_labelled_images if modality == "image" else open_labelled
-    read = {role: opened(ref, role=role) for role, ref in refs.items()}
+    read: dict[str, _Labelled] = {
+        role: opened(ref, role=role) for role, ref in refs.items() if role != "train" or not group_field
+    }
+    shifted, groups = list(ood or {}), None
+    if group_field is not None:
+        read["train"], groups = _grouped(train, group_field, holdout, read)
+        shifted += [] if holdout is None else [holdout]
     names = sorted(set(read["train"][1]))
     if len(names) < 2:
         raise CorpusError(f"train: a classifier needs two classes; found {', '.join(map(repr, names)) or 'none'}.")
@@ -170,6 +184,8 @@ def read_task(
     if unknown := sorted(set(label_texts or {}) - set(code)):
         raise CorpusError(f"label_texts: no training {modality} has the label {unknown[0]!r}.")
     parts = {role: Examples(text_array(texts), np.array([code[x] for x in y])) for role, (texts, y) in read.items()}
+    if groups is not None:
+        parts["train"] = replace(parts["train"], groups=np.array(groups))
     fingerprint = _fingerprint([parts[role] for role in sorted(parts)])
     kept = _without_overlap(parts, fingerprint, modality)
     clean = parts["train"].take(kept)
@@ -183,9 +199,30 @@ def read_task(
         label_names=tuple(names),
         label_texts=tuple((label_texts or {}).get(name, name) for name in names),
         fingerprint=fingerprint,
-        ood={name: parts[f"ood.{name}"] for name in ood or {}},
+        ood={name: parts[f"ood.{name}"] for name in shifted},
         dropped_overlap=len(parts["train"]) - len(kept),
     )
+
+
+_Labelled = tuple[list[Any], list[str]]  # Any: texts or encoded images
+
+
+def _grouped(
+    train: DataRef, group_field: str, holdout: str | None, read: dict[str, _Labelled]
+) -> tuple[_Labelled, NDArray[np.str_]]:
+    """The training texts with the groups that they come from; those of ``holdout`` are put into ``read`` instead."""
+    texts, labels, groups = open_grouped(train, group_field, role="train")
+    rows = list(range(len(texts)))
+    if holdout is not None:
+        held = [row for row in rows if groups[row] == holdout]
+        if not 0 < len(held) < len(rows) or f"ood.{holdout}" in read:
+            known = ", ".join(sorted(set(groups)))[:200]
+            raise CorpusError(
+                f"train: cannot hold out {holdout!r}; it must be one of several groups, {known}, and no name in `ood`."
+            )
+        read[f"ood.{holdout}"] = [texts[row] for row in held], [labels[row] for row in held]
+        rows = [row for row in rows if groups[row] != holdout]
+    return ([texts[row] for row in rows], [labels[row] for row in rows]), np.array([groups[row] for row in rows])
 
 
 def encode_task(
@@ -244,4 +281,6 @@ def _fingerprint(parts: Sequence[Examples]) -> str:
     for part in parts:
         inputs = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i for i in part.inputs.tolist()]
         digest.update(json.dumps([inputs, part.labels.tolist()]).encode())
+        if part.groups is not None:
+            digest.update(json.dumps(part.groups.tolist()).encode())
     return digest.hexdigest()

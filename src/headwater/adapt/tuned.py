@@ -116,10 +116,10 @@ def _nothing(model: nn.Module) -> dict[str, float]:
 
 
 def class_stream(classes: ClassModel, task: AdaptTask, *, rows: int, seed: int) -> ClassStream:
-    """The task's training texts and labels as batches."""
+    """The task's training texts and labels as batches; where they come in groups, with equally many of each."""
     inputs = classes.encode(list(task.train.inputs))
     targets = np.eye(len(task.label_names), dtype=np.float32)[task.train.labels]
-    return ClassStream(inputs, targets, rows=rows, seed=seed, pad=classes.pad)
+    return ClassStream(inputs, targets, rows=rows, seed=seed, pad=classes.pad, groups=task.train.groups)
 
 
 def new_modules(classes: ClassModel) -> Sequence[str]:

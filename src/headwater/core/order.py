@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.core.rng import derive_seed, hash_bits
 
-__all__ = ["VirtualIndex", "permutation"]
+__all__ = ["GroupedIndex", "VirtualIndex", "permutation"]
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -95,3 +95,45 @@ class VirtualIndex:
                 self._orders.pop(stale, None)
             self._orders[epoch] = order
         return order
+
+
+class GroupedIndex:
+    """An endless, seekable walk that takes one item of each group in turn, each group shuffled anew when it is through.
+
+    Position i belongs to group i mod g, whatever the groups' sizes: of any g positions in a row each group has one.
+
+    Args:
+        groups: the group of each item, ``(n,)``, integers or strings.
+        seed: any integer.
+
+    Raises:
+        ValueError: there is no item, or ``groups`` is not one-dimensional.
+
+    Example:
+        >>> groups = np.array(["a", "a", "a", "b"])
+        >>> groups[GroupedIndex(groups, seed=0)(np.arange(6))[1]].tolist()
+        ['a', 'b', 'a', 'b', 'a', 'b']
+    """
+
+    def __init__(self, groups: ArrayLike, seed: int) -> None:
+        values = np.asarray(groups)
+        if values.ndim != 1 or not values.size:
+            raise ValueError(f"groups must be (n,), with n > 0; got shape {values.shape}.")
+        self.n = len(values)
+        names, code = np.unique(values, return_inverse=True)
+        self._members = [np.flatnonzero(code == group) for group in range(len(names))]
+        self._walks = [VirtualIndex(len(own), derive_seed(seed, "group", g)) for g, own in enumerate(self._members)]
+
+    def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (epoch of its group, item) of each position; all three have the same shape, int64.
+
+        Raises:
+            ValueError: a position is negative.
+        """
+        turns, group = np.divmod(np.asarray(positions, dtype=np.int64), len(self._members))
+        epochs, items = np.empty_like(turns), np.empty_like(turns)
+        for number, (members, walk) in enumerate(zip(self._members, self._walks, strict=True)):
+            here = group == number
+            epochs[here], own = walk(turns[here])
+            items[here] = members[own]
+        return epochs, items

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from headwater.core.order import VirtualIndex
+from headwater.core.order import GroupedIndex, VirtualIndex
 from headwater.core.rng import derive_seed
 from headwater.modalities.text.packing import TokenStore
 from headwater.modalities.text.soft_labels import check_distributions
@@ -115,12 +115,23 @@ class ClassStream:
         rows: per batch; fewer where there are fewer inputs.
         seed: of the order.
         pad: padding token.
+        groups: of each input, ``(n,)``; the stream then has equally many rows of each group, taken in turn, and a small
+            group comes round more often than a large one. ``None``: every input as often as any other.
 
     Raises:
         ValueError: no input, lengths that differ, or targets that are no distributions.
     """
 
-    def __init__(self, inputs: Inputs, targets: ArrayLike, *, rows: int, seed: int = 0, pad: int = 0) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        targets: ArrayLike,
+        *,
+        rows: int,
+        seed: int = 0,
+        pad: int = 0,
+        groups: ArrayLike | None = None,
+    ) -> None:
         values = np.asarray(targets, dtype=np.float32)
         check_distributions("targets", values)
         if len(values) != len(inputs) or not len(values):
@@ -128,13 +139,19 @@ class ClassStream:
         if rows < 1:
             raise ValueError(f"rows must be at least 1; got {rows}.")
         self.inputs, self.targets, self.rows, self._pad = inputs, torch.from_numpy(values), min(rows, len(values)), pad
-        self.order = VirtualIndex(len(values), derive_seed(seed, "order"))
+        self.order: VirtualIndex | GroupedIndex = VirtualIndex(len(values), derive_seed(seed, "order"))
         # Charged to a budget in tokens: the mean length, since padding differs from batch to batch.
         self.tokens_per_row = math.ceil(int(input_lengths(inputs).sum()) / len(values))
         digest = hashlib.blake2b(json.dumps([self.rows, seed]).encode(), digest_size=16)
         for part in _content(inputs):
             digest.update(part)
         digest.update(values.tobytes())
+        if groups is not None:
+            named = np.asarray(groups)
+            if named.shape != (len(values),):
+                raise ValueError(f"every input needs a group; got {len(values)} inputs and groups {named.shape}.")
+            self.order = GroupedIndex(named, derive_seed(seed, "order"))
+            digest.update(json.dumps(named.tolist()).encode())
         self.fingerprint = digest.hexdigest()
 
     def steps(self, epochs: float) -> int:

@@ -9,7 +9,7 @@ from headwater.core.recipe import CorpusRef, DataRef
 from headwater.modalities.text.docs import CorpusError, Document, read_documents
 from headwater.modalities.text.docstrings import GENERAL, docstring_corpus
 
-__all__ = ["open_corpus", "open_labelled"]
+__all__ = ["open_corpus", "open_grouped", "open_labelled"]
 
 GENERAL_CHARS = 3_000_000
 
@@ -55,7 +55,6 @@ def open_labelled(ref: DataRef, *, role: str) -> tuple[list[str], list[str]]:
     Raises:
         CorpusError: nothing there, or no such column.
     """
-    texts, labels = [], []
     if ref.kind == "builtin":
         package, dash, what = ref.name.removeprefix("headwater:").partition("-")
         if not dash or what != "subpackages":
@@ -65,13 +64,33 @@ def open_labelled(ref: DataRef, *, role: str) -> tuple[list[str], list[str]]:
         largest = {label for label, _ in Counter(label for _, label in found).most_common(10)}
         texts, labels = [t for t, label in found if label in largest], [label for _, label in found if label in largest]
         return texts[: ref.limit], labels[: ref.limit]
+    texts, (labels,) = _columns(ref, (ref.label_field,), role)
+    return texts, labels
+
+
+def open_grouped(ref: DataRef, group_field: str, *, role: str) -> tuple[list[str], list[str], list[str]]:
+    """Texts, their labels, and what another column says of each, such as where a text comes from.
+
+    Raises:
+        CorpusError: nothing there, no such column, or a builtin, which has no columns.
+    """
+    if ref.kind == "builtin":
+        raise CorpusError(f"{role}: {ref.name!r} has no column {group_field!r}; name a file or a Hub data set")
+    texts, (labels, groups) = _columns(ref, (ref.label_field, group_field), role)
+    return texts, labels, groups
+
+
+def _columns(ref: DataRef, fields: tuple[str, ...], role: str) -> tuple[list[str], list[list[str]]]:
     source = str(ref.path) if ref.kind == "local" else ref.name
+    texts: list[str] = []
+    columns: list[list[str]] = [[] for _ in fields]
     documents = read_documents(
         source, text_field=ref.input_field, config=ref.config, split=ref.split, limit_documents=ref.limit, role=role
     )
     for document in documents:
-        if ref.label_field not in document.meta:
-            raise CorpusError(f"{role}: no column {ref.label_field!r}; available: {', '.join(document.meta)}")
+        for field, column in zip(fields, columns, strict=True):
+            if field not in document.meta:
+                raise CorpusError(f"{role}: no column {field!r}; available: {', '.join(document.meta)}")
+            column.append(str(document.meta[field]))
         texts.append(document.text)
-        labels.append(str(document.meta[ref.label_field]))
-    return texts, labels
+    return texts, columns
