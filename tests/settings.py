@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "FAMILIES",
     "Setting",
+    "opens_as_an_adapter_on_a_classifier",
     "opens_as_json",
     "opens_as_language_model",
     "opens_as_safetensors",
@@ -81,6 +82,27 @@ def opens_as_the_class_its_readme_names(model: Path) -> None:
         inputs["decoder_input_ids"] = ids["input_ids"][:, :1]
     with torch.no_grad():
         assert torch.isfinite(opened(**inputs).logits).all()
+
+
+def opens_as_an_adapter_on_a_classifier(model: Path) -> None:
+    """The code of its README opens one LoRA adapter on a classifier, with a head that is not the base's."""
+    import re
+
+    import torch
+
+    code = re.search(r"```python\n(.*?)```", (model / "README.md").read_text(encoding="utf-8"), re.S)
+    assert code
+    names: dict[str, Any] = {"DIR": str(model)}
+    exec(code[1], names)
+    opened, tokenizer = names["model"], names["tokenizer"]
+    assert list(opened.peft_config) == ["default"]
+    inputs = tokenizer(["sum mean", "graph"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = opened(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        with opened.disable_adapter():
+            before = opened(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert torch.isfinite(logits).all()
+    assert not torch.equal(logits, before)
 
 
 def runs_the_code_of_its_readme(model: Path) -> None:
@@ -206,6 +228,11 @@ FAMILIES: dict[str, Setting] = {
 
 METHODS: dict[str, Setting] = {
     "finetuning": Setting(fixture="tuned_fields", opens=opens_as_the_class_its_readme_names),
+    "pego": Setting(
+        fixture="tuned_fields",
+        opens=opens_as_an_adapter_on_a_classifier,
+        extra={"pego": {"r": 2, "n": 2, "domain_field": "label"}},
+    ),
     "text_finetuning": Setting(fixture="text_to_text_fields", opens=opens_as_language_model),
     "promot": Setting(
         fixture="text_to_text_fields",
