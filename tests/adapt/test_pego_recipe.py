@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from headwater.adapt.base import AdaptTask
 from headwater.adapt.data import Examples, TaskData, encode_task, read_task
+from headwater.adapt.tuned import class_stream
 from headwater.claims.pego import CLAIM
 from headwater.core.claim import judge
 from headwater.core.recipe import DataRef, RecipeError, load_recipe
@@ -48,6 +49,7 @@ def test_property_a_held_out_domain_is_tested_and_not_trained_on(fields, tmp_pat
     data = recipe.load()
     assert sorted(set(data.train.groups)) == ["farm", "mine"]
     assert not any("shop" in text for text in data.train.inputs)
+    assert data.dropped_overlap == 0
     assert len(data.ood["shop"]) == 8
     assert all("shop" in text for text in data.ood["shop"].inputs)
     result = execute(recipe, tmp_path / "run")
@@ -59,7 +61,7 @@ def test_property_a_held_out_domain_is_tested_and_not_trained_on(fields, tmp_pat
     assert not result.notes
 
 
-def test_property_batches_hold_domains_in_equal_numbers(fields, domains):
+def test_property_batches_hold_domains_in_equal_numbers(fields, tuned_fields):
     data = load_recipe(fields).load()
     ids = [[1 + row % 7] for row in range(len(data.train))]
     targets = np.eye(2)[data.train.labels]
@@ -68,6 +70,11 @@ def test_property_batches_hold_domains_in_equal_numbers(fields, domains):
         drawn = data.train.groups[stream.batch(step)["row"].numpy()]
         assert sorted(drawn) == sorted(PLACES * 2)
     assert ClassStream(ids, targets, rows=6, seed=1).fingerprint != stream.fingerprint
+    recipe = load_recipe({**tuned_fields, "method": "finetuning"})
+    stream = class_stream(
+        recipe.open(data.label_names, recipe.model), AdaptTask(data, data.train, recipe), rows=3, seed=1
+    )
+    assert sorted(data.train.groups[stream.batch(7)["row"].numpy()]) == sorted(PLACES)
     with pytest.raises(ValueError, match=r"every input needs a group; got 44 inputs and groups \(43,\)"):
         ClassStream(ids, targets, rows=6, groups=data.train.groups[1:])
 
