@@ -234,6 +234,25 @@ def pairs_fields(adapt_fields: dict[str, object], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def tiny_seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a T5 of 16 x 1 with random weights and its tokenizer."""
+    from headwater.modalities.text.tiny import tiny_t5
+    from headwater.modalities.text.tokenizers import train_bpe
+
+    target = tmp_path_factory.mktemp("models") / "seq2seq"
+    tokenizer = train_bpe([*sentences("domain", 20), *sentences("general", 20)], 320)
+    tiny_t5(tokenizer, hidden=16, layers=1, heads=2, mlp=32, generator_seed=0).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def seq2seq_fields(text_to_text_fields: dict[str, object], tiny_seq2seq: Path) -> dict[str, object]:
+    """The same for methods that need an encoder-decoder."""
+    return {**text_to_text_fields, "model": str(tiny_seq2seq)}
+
+
+@pytest.fixture(scope="session")
 def continual_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make any learner of the stage ``continual`` run in about a second."""
     stream = {"data": str(labelled["train"]), "test": str(labelled["test"]), "increment": 2}
