@@ -129,6 +129,8 @@ def push_away(
 def pull_back(away: Tensor, hidden: Tensor, real: Tensor, head: Head, eps: float) -> Tensor:
     """Move each real time step by ``eps`` to where it predicts more like the state that it came from.
 
+    The direction is that of steepest descent, the length fixed: where predictions had hardly changed, it goes too far.
+
     Args:
         away: H', ``(batch, time, dim)``.
         hidden: H, as ``away``. Where both are equal nothing is moved: the gradient there is rounding.
