@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from headwater.adapt.data import Examples, TaskData
 from headwater.adapt.tuned import FineTuning, new_modules
+from headwater.core.recipe import RecipeError
 from headwater.core.run import Run
 from headwater.modalities.text.labelled import text_array
 
@@ -70,6 +71,11 @@ def test_property_adapters_leave_the_weights_and_train_the_new_head(tuned_fields
     trained = {name for name, p in classes.model.named_parameters() if p.requires_grad}
     assert any("classifier.modules_to_save" in name for name in trained)
     assert all("lora_" in name or "modules_to_save" in name for name in trained)
+
+
+def test_rejects_images(tuned_fields: Fields) -> None:
+    with pytest.raises(RecipeError, match="finetuning trains classifiers of texts"):
+        FineTuning(**{**tuned_fields, "modality": "image"})
 
 
 def test_property_cost_says_what_was_trained(tuned_fields: Fields, tmp_path: Path) -> None:

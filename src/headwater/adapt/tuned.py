@@ -14,11 +14,11 @@ from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headwater.adapt.base import AdaptRecipe, AdaptTask
 from headwater.core.budget import GivenBudget, Meter
@@ -82,6 +82,12 @@ class TunedRecipe(AdaptRecipe):
     fit: FitSettings = Field(
         default=FitSettings(), description="how the loop runs: precision, micro-batches, checkpoints"
     )
+
+    @model_validator(mode="after")
+    def _texts_only(self) -> Self:
+        if self.modality != "text":
+            raise ValueError(f"modality: {self.id} trains classifiers of texts; heads and adam_cil read images")
+        return self
 
     @abstractmethod
     def phases(self, task: AdaptTask, run: Run) -> Generator[Phase, Trained, TunedClassifier]:
