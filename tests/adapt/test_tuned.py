@@ -38,11 +38,11 @@ def test_learns_and_what_it_saves_answers_alike(
     data = keyword_task()
     longer = {
         "batch_size": 16,
-        "budget": {"steps": 250},
-        "optim": {"lr": 1e-2, "schedule": "constant"},
+        "budget": {"steps": 300},
         "fit": {"precision": "fp32"},
     }
-    recipe = FineTuning(**{**tuned_fields, "lora": lora, **longer})
+    optim = {"lr": 3e-3, "schedule": "constant"}
+    recipe = FineTuning(**{**tuned_fields, "lora": lora, "optim": optim, **longer})
     with Run(tmp_path / "run", recipe) as run:
         metrics = recipe.run_on(data, run)
     assert metrics["id/accuracy"] > least
