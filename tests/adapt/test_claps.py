@@ -238,10 +238,6 @@ def test_property_the_negative_raises_the_loss_at_the_rate_of_its_gradient(t5, b
 
 
 def test_degenerate_small_gradients_still_give_a_direction():
-    labels = torch.tensor([[0]])
-    certain = torch.tensor([[[60.0, 0.0]]])  # the token has probability 1 - e**-60: squares of its gradient vanish
-    moved = perturb_negative(certain, labels, lambda states: states, 1.0) - certain
-    assert float(moved.norm()) in (0.0, pytest.approx(1.0))
     faint = perturbations._steps(torch.tensor([[[3e-30, 4e-30]]]), torch.tensor([[True]]))
     assert faint.flatten().tolist() == pytest.approx([0.6, 0.8])
     assert not perturbations._steps(torch.zeros(1, 1, 2), torch.tensor([[True]])).any()
