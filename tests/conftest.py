@@ -253,6 +253,33 @@ def seq2seq_fields(text_to_text_fields: dict[str, object], tiny_seq2seq: Path) -
 
 
 @pytest.fixture(scope="session")
+def meta_fields(
+    tuned_fields: dict[str, object], tiny_causal: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """The same for a causal model that answers questions about three data sets, one of them held out."""
+    root = tmp_path_factory.mktemp("meta")
+    rng = np.random.default_rng(1)
+    datasets = {}
+    for name, words in (("music", "note chord key"), ("garden", "leaf root seed"), ("held", "moss bloom bar")):
+        path = root / f"{name}.jsonl"
+        with path.open("w", encoding="utf-8") as stream:
+            for label in 8 * words.split():
+                drawn = [label if rng.random() < 0.5 else str(rng.choice(words.split())) for _ in range(8)]
+                stream.write(json.dumps({"text": " ".join(drawn), "label": label}) + "\n")
+        questions = {label: [f"mean {label} ?", f"sum {label} ?"] for label in words.split()[:2]}
+        datasets[name] = {"data": str(path), "questions": questions, "group": f"{name} tasks"}
+    return {
+        **tuned_fields,
+        "model": str(tiny_causal),
+        "datasets": datasets,
+        "holdout": ["held tasks"],
+        "per_label": 10,
+        "yes": "sum",
+        "no": "row",
+    }
+
+
+@pytest.fixture(scope="session")
 def continual_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make any learner of the stage ``continual`` run in about a second."""
     stream = {"data": str(labelled["train"]), "test": str(labelled["test"]), "increment": 2}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, model_validator
 from safetensors.numpy import save_file
 
-from headwater.adapt.data import Examples, InputKind, TaskData, docstring_task, encode_task, read_task
+from headwater.adapt.data import Examples, InputKind, TaskData, docstring_task, encode_task, read_task, text_key
 from headwater.adapt.metrics import evaluate
 from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.family import Axis, Family
@@ -88,7 +88,13 @@ class AdaptTask:
         self.figures: dict[str, float] = {}
         self._validation = data.validation
         self._validation_seen = False
+        self._elsewhere: int | None = None
         self._model, self._modality = recipe.model, recipe.modality
+
+        def held_out() -> frozenset[str]:
+            return frozenset(text_key(text) for role, part in data.parts() if role != "train" for text in part.inputs)
+
+        self._held_out = held_out
 
     @property
     def validation(self) -> Examples:
@@ -106,7 +112,19 @@ class AdaptTask:
     def labels(self) -> int:
         """Labels looked at so far."""
         seen = self._validation if self._validation_seen and self._validation is not None else ()
-        return len(self.train) + len(seen)
+        return (len(self.train) if self._elsewhere is None else self._elsewhere) + len(seen)
+
+    def learn_elsewhere(self, labels: int) -> None:
+        """Count so many labels of other data in place of the training examples', which the method does not look at."""
+        self._elsewhere = labels
+
+    def repeats_held_out(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Which texts stand in a test or validation set, case and spacing aside, ``(n,)``.
+
+        A method that brings data of its own leaves those out.
+        """
+        known = self._held_out()
+        return np.array([text_key(text) in known for text in texts], dtype=bool)
 
     def encoder(self) -> tuple[nn.Module, Any]:  # Any: tokenizers and image processors have no common type
         """A fresh copy of the recipe's model without a head, in evaluation mode, and what makes its inputs.
@@ -178,6 +196,10 @@ class AdaptRecipe(Recipe):
     def adapt(self, task: AdaptTask, run: Run) -> Adapted:
         """Learn the task from ``task.train``; called once."""
 
+    def further(self, adapted: Adapted, test: Examples, run: Run) -> Metrics:
+        """Figures of a method's own on the test set, after it has learned; none by default."""
+        return {}
+
     def run(self, run: Run) -> Metrics:
         """Read the data, as features if the method reads those, and ``run_on`` them."""
         return self.run_on(self.load(), run)
@@ -218,6 +240,7 @@ class AdaptRecipe(Recipe):
         correct = (scores.argmax(1) == data.test.labels).astype(float).tolist()
         ids = [str(row) for row in range(len(correct))]
         run.write_json("items.json", {"id/accuracy": {"ids": ids, "values": correct}})
+        metrics |= self.further(adapted, data.test, run)
         adapted.save_pretrained(run.model)
 
         labels, trainable = float(task.labels), float(adapted.trainable_parameters)

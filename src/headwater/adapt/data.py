@@ -17,10 +17,20 @@ from headwater.modalities.text import labelled
 from headwater.modalities.text.docs import CorpusError, Document, drop_overlap
 from headwater.modalities.text.docstrings import docstring_dataset
 from headwater.modalities.text.labelled import text_array
+from headwater.modalities.text.pairs import source_digest as text_key
 from headwater.modalities.text.sources import open_grouped, open_labelled
 from headwater.modalities.vision.labelled import encode_images, open_labelled_images, pixel_digest
 
-__all__ = ["Examples", "InputKind", "TaskData", "docstring_task", "encode_task", "read_task", "rows_apart"]
+__all__ = [
+    "Examples",
+    "InputKind",
+    "TaskData",
+    "docstring_task",
+    "encode_task",
+    "read_task",
+    "rows_apart",
+    "text_key",
+]
 
 InputKind = Literal["text", "image"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from headwater.adapt.base import AdaptRecipe, AdaptTask
+from headwater.adapt.base import Adapted, AdaptRecipe, AdaptTask
 from headwater.core.budget import GivenBudget, Meter
 from headwater.core.cache import atomic_write_text
 from headwater.core.fit import FitSettings, Phase, Trained, fit_phases
@@ -90,14 +90,14 @@ class TunedRecipe(AdaptRecipe):
         return self
 
     @abstractmethod
-    def phases(self, task: AdaptTask, run: Run) -> Generator[Phase, Trained, TunedClassifier]:
+    def phases(self, task: AdaptTask, run: Run) -> Generator[Phase, Trained, Adapted]:
         """Yield each training phase, receive what it trained, return the classifier.
 
         Must be a pure function of ``task``: a resumed run goes through it again, and finished phases come back from
         their checkpoints.
         """
 
-    def adapt(self, task: AdaptTask, run: Run) -> TunedClassifier:
+    def adapt(self, task: AdaptTask, run: Run) -> Adapted:
         """Train the phases."""
         meter = Meter()
         tuned = fit_phases(
