@@ -312,6 +312,8 @@ def test_rejects_the_tasks_own_group_among_those_trained_on(fields):
         load_recipe({**fields, "group": "a"})
     with pytest.raises(RecipeError, match="no description has the group 'c'"):
         load_recipe({**fields, "holdout": ["c"]})
+    with pytest.raises(RecipeError, match="'task' means the task itself"):
+        load_recipe({**fields, "datasets": {**fields["datasets"], "task": fields["datasets"]["one"]}})
 
 
 def test_property_files_of_ones_own_are_read(fields, tmp_path):

@@ -8,9 +8,9 @@ mean of p(yes) over its questions, and the likeliest label is the answer. Each q
 no threshold is needed.
 
 Source: Zhong, Lee, Zhang and Klein, "Adapting Language Models for Zero-shot Learning by Meta-tuning on Dataset and
-Prompt Collections", arXiv:2104.04670, sections 3 and 4.
+Prompt Collections", arXiv:2104.04670.
 Differs: the number of texts per label was not to be found and is 1000; yes and no are equally frequent for every label;
-causal models and classifiers are asked as well as encoder-decoders.
+causal models, with "answer:" after the text, and classifiers are asked as well as encoder-decoders.
 Needs: a pretrained language model or cross-encoder; labelled data sets whose labels are described by questions, none of
 them on a task like the one to come.
 """
@@ -35,7 +35,7 @@ from headwater.adapt.base import Adapted, AdaptTask, SetName
 from headwater.adapt.data import Examples, text_key
 from headwater.adapt.meta_data import LabelDescription, Labelled, build_meta_dataset, check_groups, group_split
 from headwater.adapt.tuned import TunedRecipe
-from headwater.core.cache import atomic_write_text
+from headwater.core.cache import atomic_write_text, cache_key
 from headwater.core.fit import Phase, Trained
 from headwater.core.objective import Loss
 from headwater.core.optim import OptimSpec
@@ -195,13 +195,15 @@ class MetaTuning(TunedRecipe):
     yes: Name = Field(default="yes", description="the word for yes, one token; a classifier does not read it")
     no: Name = Field(default="no", description="the word for no, one token")
     optim: OptimSpec = Field(
-        # Section 4: learning rate 1e-5, 100 of 5,000 steps to warm up, a linear decay.
+        # The paper's: 1e-5, 100 of 5,000 steps of 32 to warm up, a linear decay.
         default=OptimSpec(lr=1e-5, betas=(0.9, 0.999), warmup=0.02, schedule="linear", final_lr=0.0),
         description="how weights are moved",
     )
 
     @model_validator(mode="after")
     def _groups_apart(self) -> Self:
+        if "task" in self.datasets:
+            raise ValueError("datasets: 'task' means the task itself in the figures; give that data set another name.")
         train, _ = group_split(self._descriptions(), self.holdout)
         check_groups({description.dataset: description.group for description in train}, [self.group])
         return self
@@ -225,7 +227,9 @@ class MetaTuning(TunedRecipe):
 
     def phases(self, task: AdaptTask, run: Run) -> Generator[Phase, Trained, MetaTuned]:
         """One phase, on the questions of all data sets that are not held out."""
+        asked = self._asked(task.label_names, task.label_texts)
         read = {name: open_labelled(own.data, role=f"datasets.{name}") for name, own in self.datasets.items()}
+        run.record_data("meta", cache_key(read))
         train, _ = group_split(self._descriptions(), self.holdout)
         names = {description.dataset for description in train}
         held = {name: part for name, part in read.items() if name not in names}
@@ -241,7 +245,7 @@ class MetaTuning(TunedRecipe):
         pad = int(scorer.tokenizer.pad_token_id)
         stream = ClassStream(inputs, targets, rows=self.batch_size, seed=self.seed, pad=pad)
         trained = yield Phase("meta_tuning", scorer.model, stream, MetaTuningObjective(scorer))
-        classifier = ZeroShotClassifier(scorer, self._asked(task.label_names, task.label_texts))
+        classifier = ZeroShotClassifier(scorer, asked)
         counts = {"data/meta_dropped_overlap": float(dropped), "data/meta_questions": float(len(inputs))}
         return MetaTuned(classifier, self.model.name, trained.cost.trainable, held, counts)
 

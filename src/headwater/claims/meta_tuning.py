@@ -28,7 +28,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +89,7 @@ class _World:
         self.tokenizer = word_tokenizer(
             [" ".join(["yes no ? answer :", *self.names(range(count)), *self.written(np.arange(self.size))])]
         )
-        self.ids = self.tokenizer.get_vocab()
+        self.ids: dict[str, int] = self.tokenizer.get_vocab()
 
     @staticmethod
     def names(topics: Sequence[int]) -> list[str]:
@@ -129,13 +128,10 @@ class _Reading:
         about = [DATASETS, TOPICS, SHARING, POOL, WORDS, LENGTH, OWN]
         return cache_key([self.world.seed, self.rows, *about])
 
-    @cached_property
-    def _code(self) -> Callable[[str], int]:
-        return self.world.ids.__getitem__
-
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, ``(rows, time)``."""
-        world, code, each = self.world, self._code, self.rows // 3
+        world, each = self.world, self.rows // 3
+        code = world.ids.__getitem__
         rng = numpy_generator(world.seed, "pretraining", step)
         topics = rng.integers(len(world.words), size=(3, each))
         word = np.array([code(name) for name in world.written(np.arange(world.size))])
@@ -213,7 +209,8 @@ class _Experiment:
         """AUC of every topic's question on fresh texts; ``score`` takes texts and topics, and gives ``(n, topics)``."""
         texts, topics = self.world.texts(dataset, "test", self.setting.tested)
         asked = range(TOPICS * dataset, TOPICS * (dataset + 1))
-        return description_auc(score(texts, asked), topics[:, None] == np.array(asked)).tolist()
+        found: list[float] = description_auc(score(texts, asked), topics[:, None] == np.array(asked)).tolist()
+        return found
 
     def answers(self, model: nn.Module) -> Callable[[NDArray[np.int64], range], NDArray[np.float64]]:
         """Scores by asking."""
@@ -231,7 +228,7 @@ class _Experiment:
             code = self.world.ids
             words = torch.tensor([[code[word] for word in self.world.written(text)] for text in texts])
             found = []
-            with scoring(self.base):  # type: ignore[arg-type]  # a Hugging Face model
+            with scoring(self.base):
                 for name in self.world.names(topics):
                     start = torch.tensor([[code[name], code[":"]]])
                     ids = start if bag else torch.cat([start.expand(len(texts), 2), words[:, :-1]], 1)

@@ -254,7 +254,7 @@ class YesNoScorer:
         """
         rows = self.encode(texts, questions)
         found = np.zeros(len(rows))
-        with scoring(self.model) as device:  # type: ignore[arg-type]  # a Hugging Face model
+        with scoring(self.model) as device:
             for chosen in length_batches([len(row) for row in rows], batch_size) if rows else []:
                 batch = padded_inputs(rows, chosen, int(self.tokenizer.pad_token_id))
                 logits = self.logits({name: tensor.to(device) for name, tensor in batch.items()}).double()
