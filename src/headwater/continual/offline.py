@@ -27,7 +27,7 @@ def decay_per_step(decay: float | str, steps: int) -> float:
         steps: of one task, at least 1.
 
     Example:
-        >>> decay_per_step("task:2", 10) ** 20
+        >>> round(decay_per_step("task:2", 10) ** 20, 12)  # two tasks later
         0.5
     """
     if isinstance(decay, str):
