@@ -197,6 +197,7 @@ def text_to_text_fields(tiny_causal: Path, labelled: dict[str, Path]) -> dict[st
     }
 
 
+@pytest.fixture(scope="session")
 def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Fields that make a method of the stage ``adapt`` on images run in two seconds: noisy squares, a tiny ViT."""
     import torch
@@ -220,6 +221,7 @@ def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {"model": str(root / "vit"), "train": str(root / "train"), "test": str(root / "test"), "shots": 7}
 
 
+@pytest.fixture(scope="session")
 def pairs_fields(adapt_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The same with unlabelled pairs: texts around one of ten words, each with the words beside it as its caption."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
