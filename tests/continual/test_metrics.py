@@ -110,3 +110,46 @@ def test_rejects_a_matrix_that_is_none(matrix, counts, words):
 def test_rejects_initial_accuracies_of_other_tasks():
     with pytest.raises(ValueError, match="one accuracy per task"):
         forward_transfer(MATRIX, [0.1])
+
+
+# The definitions of two other libraries, from their documentation, on right answers counted sample by sample.
+
+
+@given(
+    rights=arrays(np.int64, (4, 4), elements=st.integers(0, 30)),
+    sizes=arrays(np.int64, 4, elements=st.integers(30, 40)),
+)
+def test_oracle_stream_accuracy_forgetting_and_bwt_as_avalanche_defines_them(rights, sizes):
+    """StreamAccuracy pools the patterns of a whole stream's evaluation; StreamForgetting takes, for every experience
+    but the one just trained on, the accuracy when it was first trained on less the one now, and averages; StreamBWT is
+    its opposite."""
+    rights = np.tril(rights)  # no answer exists for classes to come
+    metrics = summarize(rights / sizes, sizes)
+    patterns_right, patterns = 0, 0
+    for experience in range(4):
+        patterns_right += rights[-1, experience]
+        patterns += sizes[experience]
+    initial = {experience: rights[experience, experience] / sizes[experience] for experience in range(4)}
+    last = {experience: rights[-1, experience] / sizes[experience] for experience in range(4)}
+    stream_forgetting = sum(initial[e] - last[e] for e in range(3)) / 3
+    assert metrics["acc/last"] == pytest.approx(patterns_right / patterns)
+    assert metrics["forgetting/first"] == pytest.approx(stream_forgetting)
+    assert metrics["bwt"] == pytest.approx(-stream_forgetting)
+
+
+@given(
+    rights=arrays(np.int64, (4, 4), elements=st.integers(0, 30)),
+    sizes=arrays(np.int64, 4, elements=st.integers(30, 40)),
+)
+def test_oracle_curve_average_and_forgetting_as_lamda_pilot_defines_them(rights, sizes):
+    """After each stage PILOT tests on all classes seen, whose share of right answers is a point of its top-1 curve; it
+    reports the mean of the curve, and the mean over all groups but the last of their best accuracy at any stage less
+    that at the last, from a table of groups by stages."""
+    rights = np.tril(rights)
+    curve = [rights[stage, : stage + 1].sum() / sizes[: stage + 1].sum() for stage in range(4)]
+    table = (rights / sizes).T  # groups by stages
+    forgot = np.mean((np.max(table, axis=1) - table[:, 3])[:3])
+    metrics = summarize(rights / sizes, sizes)
+    np.testing.assert_allclose(accuracy_curve(rights / sizes, sizes), curve)
+    assert metrics["acc/average"] == pytest.approx(sum(curve) / len(curve))
+    assert metrics["forgetting/max"] == pytest.approx(forgot)
