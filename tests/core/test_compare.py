@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -506,3 +507,14 @@ def test_property_rows_that_cannot_be_told_apart_are_named(tmp_path: Path) -> No
     twin["gain"] = [0.299, 0.302, 0.297]
     board = board_of(tmp_path, {"a": good(), "b": twin})
     assert "In gain it cannot be told apart from b with 3 seeds." in board.recommendation
+
+
+@pytest.mark.parametrize("path", sorted(resources.files("headwater").joinpath("comparisons").iterdir()), ids=lambda path: path.name)
+def test_property_every_comparison_that_comes_with_the_package_has_entrants(path):
+    comparison = Comparison.parse(path.read_text(encoding="utf-8"))
+    entrants = {entrant.name: entrant for entrant in comparison.entrants()}
+    assert set(comparison.contestants) < set(entrants)
+    trials = {name: len(entrant.grid) for name, entrant in entrants.items() if not entrant.untuned}
+    assert len(set(trials.values())) <= 1, "every contestant gets the same number of trials"
+    for entrant in entrants.values():
+        assert entrant.recipe(comparison.seeds[0]).seed == comparison.seeds[0]
