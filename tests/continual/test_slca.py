@@ -458,6 +458,7 @@ def test_learns_what_sequential_finetuning_forgets(tmp_path):
     assert last["slca"] > max(last["global"], last["local"]) + 0.1
 
 
+@pytest.mark.slow  # the contract suite holds the claim's form
 def test_learns_claim_runs_at_smoke_scale(tmp_path):
     measured = CLAIM.measure("smoke", 100, tmp_path / "claim")
     verdict = judge(CLAIM, "smoke", {100: measured})
