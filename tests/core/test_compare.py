@@ -509,7 +509,9 @@ def test_property_rows_that_cannot_be_told_apart_are_named(tmp_path: Path) -> No
     assert "In gain it cannot be told apart from b with 3 seeds." in board.recommendation
 
 
-@pytest.mark.parametrize("path", sorted(resources.files("headwater").joinpath("comparisons").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(resources.files("headwater").joinpath("comparisons").iterdir()), ids=lambda path: path.name
+)
 def test_property_every_comparison_that_comes_with_the_package_has_entrants(path):
     comparison = Comparison.parse(path.read_text(encoding="utf-8"))
     entrants = {entrant.name: entrant for entrant in comparison.entrants()}
