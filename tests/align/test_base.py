@@ -148,7 +148,7 @@ def prompts(count: int = 12) -> list[str]:
 def test_oracle_a_verbaliser_reads_the_token_after_the_prompt(kit_llama, monkeypatch, keeps):
     import headwater.modalities.text.classes as classes
 
-    monkeypatch.setattr(classes, "_keeps_logits", lambda model: keeps)
+    monkeypatch.setattr(classes, "keeps_logits", lambda model: keeps)
     opened = open_class_model(ModelRef(name=str(kit_llama)), ("false", "true"), verbaliser=WORDS)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(kit_llama), AutoTokenizer.from_pretrained(kit_llama)
     found = opened.probabilities(prompts(), batch_size=5)  # ragged, padded

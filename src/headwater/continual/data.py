@@ -72,6 +72,10 @@ class StreamSpec(Spec):
                 raise ValueError(
                     f"{DOCSTRINGS!r} brings its own test and validation texts; leave `test` and `validation` out"
                 )
+        elif self.test is None and self.data.kind == "builtin":
+            raise ValueError(
+                f"{self.data.name!r} has no test of its own; there is {DOCSTRINGS!r}, which has, or name a `test`"
+            )
         elif self.test is None:
             raise ValueError("`test` is missing: name the labelled samples that the stream is evaluated on")
         return self
