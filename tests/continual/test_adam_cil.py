@@ -1,18 +1,29 @@
 import copy
 import io
 import json
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file
+from tests.continual.toy import (
+    CLASSES,
+    DIM,
+    FIT,
+    HIDDEN,
+    follow,
+    held_out,
+    make_data,
+    make_stream,
+    matrix,
+    mlp,
+    picture,
+    read_me,
+)
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, ViTImageProcessorPil, ViTModel
 
 from headwater.claims.adam_cil import CLAIM
 from headwater.continual.adam_cil import ADAM, ADAMLearner, DualEncoder, FirstTask, FullSpec, Ia3Spec, LoraChoice
@@ -29,33 +40,8 @@ from headwater.core.run import Run, execute
 from headwater.modalities.features import ArrayEncoder, Encoder
 from headwater.modalities.text.tiny import tiny_llama, tiny_t5
 
-CLASSES, DIM, HIDDEN = 6, 12, 8
-FIT = FitSettings(precision="fp32")
 PEFTS = [LoraChoice(r=2, alpha=4), Ia3Spec(), AdapterSpec(width=3), FullSpec()]
 by_kind = pytest.mark.parametrize("peft", PEFTS, ids=lambda peft: peft.kind)
-
-
-def mlp(seed=0, out=HIDDEN):
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, out))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return model.eval()
-
-
-def make_data(per_class=20, seed=0):
-    rng = np.random.default_rng(seed)
-    means = 1.5 * rng.normal(size=(CLASSES, DIM))
-
-    def samples(count):
-        labels = rng.permutation(np.repeat(np.arange(CLASSES), count))
-        return Samples((means[labels] + rng.normal(size=(len(labels), DIM))).astype(np.float32), labels)
-
-    return StreamData(samples(per_class), samples(10), samples(5), tuple("abcdef"), f"data {seed}")
-
-
-def make_stream(data=None, **settings):
-    return ClassStream(data or make_data(), **{"increments": 2, "seed": 1, **settings})
 
 
 class OnMlp(ADAM):
@@ -75,21 +61,12 @@ def learner(encoder=None, **fields):
     return ADAMLearner(encoder or ArrayEncoder(mlp()), **settings)
 
 
-def follow(made, stream, directory, resume=False):
-    with Run(directory, made, resume=resume) as run:
-        return made.follow(stream, run)
-
-
 def learn(made, stream, directory, tasks=None):
     """Show a learner the tasks of a stream."""
     with Run(directory, recipe()) as run:
         for index in range(tasks or len(stream)):
             made.observe(stream.task(index), run)
     return made, run
-
-
-def matrix(directory):
-    return np.array(json.loads((directory / "matrix.json").read_text())["matrix"])
 
 
 # The equations.
@@ -420,38 +397,6 @@ def test_property_a_learning_rate_alone_means_sgd():
 # Texts, images, and what is left on disk.
 
 
-@pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory):
-    """Directory of a ViT of 16 x 2 with random weights and its image processor."""
-    directory = tmp_path_factory.mktemp("models") / "vit"
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ViTModel(config).save_pretrained(directory)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(directory)
-    return directory
-
-
-def picture(rng, colour):
-    pixels = np.clip(np.array(colour) + rng.normal(0, 40, size=(16, 16, 3)), 0, 255)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """``train`` and ``test``: folders of noisy pictures in four colours."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    colours = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "grey": (120, 120, 120)}
-    for part, count in (("train", 8), ("test", 5)):
-        for name, colour in colours.items():
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                picture(rng, colour).save(root / part / name / f"{number}.png")
-    return root
-
-
 def fields_for(kind, request):
     if kind == "text":
         return dict(request.getfixturevalue("continual_fields"))
@@ -527,24 +472,6 @@ def test_oracle_the_readme_fits_other_architectures(kind, request, tmp_path, mon
     modality = "text" if kind in ("t5", "llama") else "image"
     fields = {**fields_for(modality, request), "model": str(directory)}
     check_readme(tmp_path / "run", modality, fields, {"kind": "lora", "r": 2}, 0.3, monkeypatch)
-
-
-def read_me(model, monkeypatch, **given):
-    """What the code of a README defines."""
-    code = re.search(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)[1]
-    assert "headwater" not in code
-    monkeypatch.chdir(model)
-    exec(compile(code, "README.md", "exec"), given)
-    return given
-
-
-def held_out(modality, source):
-    """The inputs as a reader of the README would have them, and their labels."""
-    if modality == "text":
-        rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        return [row["text"] for row in rows], [row["label"] for row in rows]
-    paths = sorted(Path(source).rglob("*.png"))
-    return [Image.open(path).convert("RGB") for path in paths], [path.parent.name for path in paths]
 
 
 @pytest.mark.parametrize("peft", [LoraChoice(r=2), AdapterSpec(width=3), FullSpec()], ids=lambda peft: peft.kind)

@@ -1,52 +1,24 @@
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file
+from tests.continual.toy import CLASSES, DIM, FIT, HIDDEN, follow, held_out, make_data, make_stream, mlp, read_me
 from torch import nn
-from transformers import AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import AutoModel
 
 from headwater.claims.lae import CLAIM
 from headwater.continual.base import Batch
 from headwater.continual.lae import LAE, LAELearner, Voice
-from headwater.continual.streams import ClassStream, Samples, StreamData, StreamError
+from headwater.continual.streams import Samples, StreamData, StreamError
 from headwater.continual.two_sets import BesideAttention
 from headwater.core.claim import judge
 from headwater.core.fit import FitSettings
 from headwater.core.recipe import RecipeError, load_recipe
 from headwater.core.run import Run, execute
 from headwater.modalities.features import ArrayEncoder
-
-CLASSES, DIM, HIDDEN = 6, 12, 8
-FIT = FitSettings(precision="fp32")
-
-
-def mlp(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, HIDDEN))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return model.eval()
-
-
-def make_data(per_class=20, seed=0):
-    rng = np.random.default_rng(seed)
-    means = 1.5 * rng.normal(size=(CLASSES, DIM))
-
-    def samples(count):
-        labels = rng.permutation(np.repeat(np.arange(CLASSES), count))
-        return Samples((means[labels] + rng.normal(size=(len(labels), DIM))).astype(np.float32), labels)
-
-    return StreamData(samples(per_class), samples(10), samples(5), tuple("abcdef"), f"data {seed}")
-
-
-def make_stream(data=None, **settings):
-    return ClassStream(data or make_data(), **{"increments": 2, "seed": 1, **settings})
 
 
 class OnMlp(LAE):
@@ -65,11 +37,6 @@ def recipe(cls=OnMlp, **fields):
 
 def learner(encoder=None, **fields):
     return LAELearner(encoder or ArrayEncoder(mlp()), **{"pet": BesideAttention(width=3), **FAST, **fields})
-
-
-def follow(made, stream, directory, resume=False):
-    with Run(directory, made, resume=resume) as run:
-        return made.follow(stream, run)
 
 
 def learn(made, stream, directory, tasks=None):
@@ -378,27 +345,6 @@ def test_property_decays_that_are_taken(decay):
 # Texts, images, and what is left on disk.
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A ViT of 16 x 2 with random weights, and folders of noisy pictures in four colours."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ViTModel(config).save_pretrained(root / "vit")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(root / "vit")
-    colours = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "grey": (120, 120, 120)}
-    for part, count in (("train", 8), ("test", 5)):
-        for name, colour in colours.items():
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 40, size=(16, 16, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{number}.png")
-    return root
-
-
 KINDS = [
     ("text", {"kind": "lora", "r": 2}, "max"),
     ("text", {"kind": "adapter", "width": 3}, "mean"),
@@ -416,7 +362,7 @@ def test_oracle_the_readme_makes_the_predictions_of_the_run(modality, pet, ensem
     else:
         root = request.getfixturevalue("pictures")
         stream = {"modality": "image", "data": str(root / "train"), "test": str(root / "test"), "increment": 2}
-        fields = {"model": str(root / "vit"), "stream": stream}
+        fields = {"model": str(request.getfixturevalue("tiny_vit")), "stream": stream}
     made = {"method": "lae", **fields, "pet": pet, "ensemble": ensemble, "lr": 0.03, "fit": {"precision": "fp32"}}
     execute(load_recipe({**made, "epochs": 3, "train_batch_size": 8, "decay": "task:1"}), tmp_path / "run")
     right = read_json(tmp_path / "run/items.json")["acc/last"]["values"]
@@ -430,24 +376,6 @@ def test_oracle_the_readme_makes_the_predictions_of_the_run(modality, pet, ensem
         assert (total > 1 + 1e-4).any(), "the two disagree somewhere"
     else:
         torch.testing.assert_close(total, torch.ones(len(labels)))
-
-
-def read_me(model, monkeypatch, **given):
-    """What the code of a README defines."""
-    code = re.search(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)[1]
-    assert "headwater" not in code
-    monkeypatch.chdir(model)
-    exec(compile(code, "README.md", "exec"), given)
-    return given
-
-
-def held_out(modality, source):
-    """The inputs as a reader of the README would have them, and their labels."""
-    if modality == "text":
-        rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        return [row["text"] for row in rows], [row["label"] for row in rows]
-    paths = sorted(Path(source).rglob("*.png"))
-    return [Image.open(path).convert("RGB") for path in paths], [path.parent.name for path in paths]
 
 
 def test_oracle_the_readme_of_a_module_of_ones_own_gives_the_same_scores(tmp_path, monkeypatch):

@@ -3,26 +3,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.continual.toy_models import PIXELS, SMALL, bert, hidden, seeded, vit
 from torch import nn
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel
 
 from headwater.continual.pet import AdapterSpec, ParallelAdapter, Prompts, VptSpec, add_adapters, add_prompts, blocks
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-
-
-def seeded(build):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().eval()
-
-
-def vit():
-    return seeded(lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, **SMALL)))
-
-
-def bert():
-    return seeded(lambda: BertModel(BertConfig(vocab_size=16, max_position_embeddings=32, **SMALL)))
 
 
 def clip():
@@ -36,20 +21,12 @@ def clip():
     )
 
 
-PIXELS = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-
-
 def stirred(wrapped):
     """Weights as training might leave them: an adapter's output is no longer zero."""
     generator = torch.Generator().manual_seed(3)
     for parameter in wrapped.pets.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     return wrapped
-
-
-@torch.no_grad()
-def hidden(model, **inputs):
-    return model(**inputs).last_hidden_state
 
 
 def test_equation_adapter_by_hand():

@@ -1,38 +1,17 @@
 import pytest
 import torch
+from tests.continual.toy_models import IDS, PIXELS, SMALL, bert, hidden, seeded, vit
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, ViTConfig, ViTModel
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from headwater.continual.prefix import CompensatedPrefix, add_prefixes, compensated_attention
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-PIXELS = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-IDS = torch.arange(10).reshape(2, 5)
 PADDED = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-
-def seeded(build):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().eval()
-
-
-def bert():
-    return seeded(lambda: BertModel(BertConfig(vocab_size=16, max_position_embeddings=32, **SMALL)))
-
-
-def vit():
-    return seeded(lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, **SMALL)))
 
 
 def llama(heads=2):
     sizes = {**SMALL, "num_key_value_heads": heads}
     return seeded(lambda: LlamaModel(LlamaConfig(vocab_size=16, max_position_embeddings=32, **sizes)))
-
-
-@torch.no_grad()
-def hidden(model, **inputs):
-    return model(**inputs).last_hidden_state
 
 
 def drawn(*shape, seed=0):

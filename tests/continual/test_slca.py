@@ -1,15 +1,25 @@
 import copy
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from tests.continual.toy import (
+    CLASSES,
+    DIM,
+    FIT,
+    HIDDEN,
+    follow,
+    held_out,
+    make_data,
+    make_stream,
+    matrix,
+    mlp,
+    read_me,
+)
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import AutoModel, AutoTokenizer
 
 from headwater.claims.slca import CLAIM
 from headwater.continual.alignment import align_classifier
@@ -28,32 +38,7 @@ from headwater.core.run import Run, execute
 from headwater.modalities.features import ArrayEncoder
 from headwater.modalities.text.tiny import tiny_t5
 
-CLASSES, DIM, HIDDEN = 6, 12, 8
-FIT = FitSettings(precision="fp32")
 SHORT = Alignment(epochs=1, per_class=32)
-
-
-def mlp(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, HIDDEN))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return model.eval()
-
-
-def make_data(per_class=20, seed=0):
-    rng = np.random.default_rng(seed)
-    means = 1.5 * rng.normal(size=(CLASSES, DIM))
-
-    def samples(count):
-        labels = rng.permutation(np.repeat(np.arange(CLASSES), count))
-        return Samples((means[labels] + rng.normal(size=(len(labels), DIM))).astype(np.float32), labels)
-
-    return StreamData(samples(per_class), samples(10), samples(5), tuple("abcdef"), f"data {seed}")
-
-
-def make_stream(data=None, **settings):
-    return ClassStream(data or make_data(), **{"increments": 2, "seed": 1, **settings})
 
 
 class OnMlp(SLCA):
@@ -84,21 +69,12 @@ def slca(alignment=SHORT, **fields):
     return SLCALearner(tuner(**{"backbone_scale": 0.01, **fields}), alignment)
 
 
-def follow(made, stream, directory, resume=False):
-    with Run(directory, made, resume=resume) as run:
-        return made.follow(stream, run)
-
-
 def learn(made, stream, directory, tasks=None):
     """Show a learner the tasks of a stream."""
     with Run(directory, recipe()) as run:
         for index in range(len(stream) if tasks is None else tasks):
             made.observe(stream.task(index), run)
     return made, run
-
-
-def matrix(directory):
-    return np.array(json.loads((directory / "matrix.json").read_text())["matrix"])
 
 
 def copied(state):
@@ -349,34 +325,6 @@ def test_rejects_a_recipe_that_cannot_be_honoured(fields, words):
 # Texts, images, and what is left on disk.
 
 
-@pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory):
-    """Directory of a ViT of 16 x 2 with random weights and its image processor."""
-    directory = tmp_path_factory.mktemp("models") / "vit"
-    config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ViTModel(config).save_pretrained(directory)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """``train`` and ``test``: folders of noisy pictures in four colours."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    colours = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200), "grey": (120, 120, 120)}
-    for part, count in (("train", 8), ("test", 5)):
-        for name, colour in colours.items():
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 40, size=(16, 16, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{number}.png")
-    return root
-
-
 @pytest.mark.parametrize("kind", ["text", "image", "t5"])
 @pytest.mark.parametrize("method", ["slca", "sequential_finetuning"])
 def test_oracle_the_readme_makes_the_predictions_of_the_run(kind, method, request, tmp_path, monkeypatch):
@@ -404,24 +352,6 @@ def test_oracle_the_readme_makes_the_predictions_of_the_run(kind, method, reques
         moved = [name for name, tensor in names["base"].state_dict().items() if not torch.equal(tensor, original[name])]
         assert moved, "the encoder that was trained is the one that was saved"
         assert names["BASE"] == "adapted"
-
-
-def read_me(model, monkeypatch, **given):
-    """What the code of a README defines."""
-    code = re.search(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)[1]
-    assert "headwater" not in code
-    monkeypatch.chdir(model)
-    exec(compile(code, "README.md", "exec"), given)
-    return given
-
-
-def held_out(kind, source):
-    """The inputs as a reader of the README would have them, and their labels."""
-    if kind != "image":
-        rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        return [row["text"] for row in rows], [row["label"] for row in rows]
-    paths = sorted(Path(source).rglob("*.png"))
-    return [Image.open(path).convert("RGB") for path in paths], [path.parent.name for path in paths]
 
 
 def test_oracle_the_readme_of_a_module_of_ones_own_predicts_too(tmp_path, monkeypatch):

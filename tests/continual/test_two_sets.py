@@ -5,26 +5,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.continual.toy_models import IDS, SMALL, bert, seeded
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, ViTConfig, ViTModel
+from transformers import GPT2Config, GPT2Model, ViTConfig, ViTModel
 
 from headwater.continual.pet import attentions
 from headwater.continual.two_sets import BesideAttention, KvLora, PrefixSpec, TwoSets
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-IDS = torch.arange(10).reshape(2, 5)
 SPECS = [KvLora(r=2), BesideAttention(width=3), PrefixSpec(num=2)]
 by_kind = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
-
-
-def seeded(build):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().eval()
-
-
-def bert():
-    return seeded(lambda: BertModel(BertConfig(vocab_size=16, max_position_embeddings=32, **SMALL)))
 
 
 def stirred(parameters, seed=3):
