@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from pydantic import Field
 from tests.conftest import sentences, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwater.core.checkpoint import CheckpointStore
 from headwater.core.leak import TestLeak
 from headwater.core.optim import OptimSpec
-from headwater.core.recipe import RecipeError, load_recipe
+from headwater.core.recipe import CorpusRef, RecipeError, load_recipe
 from headwater.core.run import Run, execute
 from headwater.corpora.base import CorpusRecipe
 from headwater.corpora.context import CorpusContext
@@ -27,6 +28,8 @@ from headwater.corpora.references import Raw
 from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import CorpusError, Document
 from headwater.modalities.text.examples import PlainFormatter
+from headwater.modalities.text.instruct import AnswerFormatter, answered
+from headwater.modalities.text.pairs import Pairs
 from headwater.modalities.text.score import bits_per_byte
 from headwater.modalities.text.tiny import tiny_t5
 from headwater.modalities.text.tokenizers import train_bpe
@@ -207,6 +210,139 @@ def test_rejects_plans_that_do_not_add_up(build: Any, words: str) -> None:
         build([Document("1", "text")])
 
 
+# -- controllers
+
+
+class Controlled(CorpusRecipe):
+    """Three rounds over two tables, weighed by what a controller is told of two watched sets."""
+
+    id: ClassVar[str] = "controlled"
+    told: ClassVar[list[list[dict[str, float]]]] = []
+
+    def build(self, ctx: CorpusContext) -> Corpus:
+        documents = ctx.sources["text"].train
+        held = [Document(d.id, " ".join(d.text.split()[:6])) for d in ctx.sources["text"].valid]
+        half = len(documents) // 2
+
+        def weigh(history: Any) -> tuple[float, float]:
+            self.told.append([dict(losses) for losses in history])
+            return (0.25, 0.75) if len(history) % 2 else (0.75, 0.25)
+
+        rounds = tuple(Reading(f"round-{i}", share, ("a", "b"), weigh) for i, share in enumerate((0.4, 0.4, 0.2)))
+        tables = {"a": documents[:half], "b": documents[half:]}
+        return Corpus(rounds, tables, watched={"first": held[:2], "rest": held[2:]})
+
+
+def test_oracle_a_controller_is_told_the_losses_of_the_model_as_it_is(fields: Fields, tmp_path: Path) -> None:
+    Controlled.told.clear()
+    execute(Controlled(**fields), tmp_path / "run")
+    assert [len(history) for history in Controlled.told] == [1, 2, 3]
+    assert Controlled.told[1] == Controlled.told[2][:2], "what was told once stays"
+    about = json.loads((tmp_path / "run" / "corpus.json").read_text())["phases"]
+    assert [phase["weights"] for phase in about] == [{"a": w, "b": 1 - w} for w in (0.25, 0.75, 0.25)]
+    assert [phase["losses"] for phase in about] == Controlled.told[2]
+    # The loss before the second round is that of the weights that the first one left, counted by hand.
+    recipe = Controlled(**fields)
+    with Run(tmp_path / "other", recipe) as opened:
+        ctx, _ = CorpusContext.open(recipe, opened)
+    path = tmp_path / "run" / "checkpoints" / "round-0" / "step-00000004"
+    fingerprint = json.loads((path / "manifest.json").read_text())["manifest"]["data"]
+    left = CheckpointStore(path.parent, fingerprint=fingerprint)._read(path).tensors
+    model = ctx.model
+    model.load_state_dict(
+        {n.removeprefix("model/"): t for n, t in left.items() if n.startswith("model/")}, strict=False
+    )
+    nats = count = 0.0
+    for document in recipe.build(ctx).watched["first"]:
+        ids = [ctx.tokenizer.eos_token_id, *ctx.tokenizer(document.text)["input_ids"], ctx.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = model.eval()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats -= sum(float(logp[i, token]) for i, token in enumerate(ids[1:]))
+        count += len(ids) - 1
+        assert len(ids) <= 64
+    assert Controlled.told[2][1]["first"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_rejects_controllers_that_would_be_told_nothing() -> None:
+    documents = [Document("1", "text")]
+    with pytest.raises(ValueError, match="the corpus watches none"):
+        Corpus((Reading("p", 1.0, ("a",), lambda history: (1.0,)),), {"a": documents})
+
+
+# -- questions
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    path = tmp_path / "asked.jsonl"
+    rows = [{"text": f"graph sum {i}", "label": word} for i, word in enumerate(("graph", "path", "node", "graph"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_oracle_questions_are_answered_by_the_saved_model(fields: Fields, asked: Path, tmp_path: Path) -> None:
+    metrics = run(fields, tmp_path / "run", questions={"facts": str(asked)}, max_answer=4).metrics
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    bits = size = exact = 0.0
+    for row in rows:
+        source = [tokenizer.eos_token_id, *tokenizer(row["text"])["input_ids"]]
+        target = [*tokenizer(" " + row["label"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([source + target])).logits[0].log_softmax(-1)
+        bits -= sum(float(logp[len(source) + i - 1, t]) for i, t in enumerate(target)) / math.log(2)
+        size += len(row["label"])
+        ids = list(source)
+        while len(ids) < len(source) + 4:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        exact += tokenizer.decode(ids[len(source) :], skip_special_tokens=True).strip() == row["label"]
+    assert metrics["eval/facts/bpb"] == pytest.approx(bits / size, rel=1e-5)
+    assert metrics["eval/facts/exact"] == pytest.approx(exact / 4)
+    items = json.loads((tmp_path / "run" / "items.json").read_text())["eval/facts/bpb"]["values"]
+    assert sum(items) / 4 == pytest.approx(metrics["eval/facts/bpb"])
+
+
+def test_rejects_a_table_that_holds_a_question(fields: Fields, asked: Path, tmp_path: Path) -> None:
+    class Leaky(Raw):
+        id: ClassVar[str] = "raw"
+
+        def build(self, ctx: CorpusContext) -> Corpus:
+            return Corpus((Reading("train", 1.0, ("t",)),), {"t": [answered("q", "Graph  sum 2", "node")]})
+
+    recipe = Leaky(**{**fields, "questions": {"facts": str(asked)}})
+    with pytest.raises(CorpusError, match=r"table 't' holds a question of 'facts' as the prompt of document 'q'"):
+        execute(recipe, tmp_path / "run")
+
+
+class MadeUp(CorpusRecipe):
+    """A method that makes its documents and its questions."""
+
+    id: ClassVar[str] = "made_up"
+    sources: dict[str, CorpusRef] = Field(default={})
+    holds_out: ClassVar[bool] = True
+
+    def build(self, ctx: CorpusContext) -> Corpus:
+        documents = [answered(str(i), f"graph sum {i}", "path") for i in range(200)]
+        return Corpus((Reading("train", 1.0, ("t",), format=AnswerFormatter(ctx.tokenizer)),), {"t": documents})
+
+    def asked(self) -> dict[str, Pairs]:
+        held = {"held_out": Pairs([f"graph {i}" for i in range(4)], ["path"] * 4)}
+        return super().asked() | held | ({"valid": Pairs(["sum sum"], ["path"])} if self.holds_out else {})
+
+
+def test_learns_from_documents_and_questions_of_its_own(fields: Fields, tmp_path: Path) -> None:
+    made = {**fields, "sources": {}, "evals": {}, "optim": {"lr": 1e-2}, "budget": {"tokens": 256 * 60}}
+    metrics = execute(MadeUp(**made), tmp_path / "run").metrics
+    assert metrics["eval/held_out/exact"] == metrics["valid/exact"] == metrics["eval/held_out/rouge_l"] == 1.0
+    assert metrics["eval/held_out/bpb"] < 0.3
+    with pytest.raises(CorpusError, match="nothing to choose by"):
+        execute(type("Blind", (MadeUp,), {"holds_out": False, "__doc__": "One."})(**made), tmp_path / "b")
+
+
 # -- hygiene
 
 
@@ -242,7 +378,7 @@ def test_rejects_a_hook_that_reaches_for_the_test_set(corpora_fields: Fields, tm
     [
         ({"sources": {}}, "sources"),
         ({"sources": {"no/name": "x.jsonl"}}, "sources"),
-        ({"evals": {"held_out": "x.jsonl"}}, "'held_out' names the held-out part of the sources"),
+        ({"evals": {"held_out": "x.jsonl"}}, "'held_out' names held-out parts of the sources"),
         ({"packing": "padded"}, "packing"),
         ({"eval_at": [0.5, 0.1]}, "must rise"),
         ({"budget": {}}, "give one of tokens"),

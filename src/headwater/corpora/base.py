@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from headwater.core.budget import GivenBudget, Meter
 from headwater.core.cache import atomic_write_text
@@ -20,18 +20,22 @@ from headwater.core.family import Axis, Family
 from headwater.core.fit import FitSettings, fit_phases
 from headwater.core.optim import OptimSpec
 from headwater.core.phase import EvalAt
-from headwater.core.recipe import CorpusRef, Metrics, Recipe
+from headwater.core.recipe import CorpusRef, DataRef, Metrics, Recipe
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.evaluation import Evaluation
 from headwater.corpora.plan import Corpus
 from headwater.corpora.reading import Reader
-from headwater.modalities.text.docs import Document
+from headwater.modalities.text.docs import CorpusError, Document
 from headwater.modalities.text.fresh import Model
+from headwater.modalities.text.pairs import Pairs, source_digest
+from headwater.modalities.text.sources import open_labelled
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
 __all__ = ["FAMILY", "CorpusRecipe"]
+
+T = TypeVar("T")
 
 MAX_EPOCHS_IN_SILENCE = 4
 
@@ -68,6 +72,13 @@ class CorpusRecipe(Recipe):
         description="name -> further held-out texts: what the corpus is for, and general text, so that a gain which "
         "costs everything else shows",
     )
+    questions: dict[TableName, DataRef] = Field(
+        default={},
+        description="name -> questions (`input_field`) and answers (`label_field`), asked at the end and never read: "
+        "eval/NAME/exact, eval/NAME/rouge_l",
+    )
+    join: str = Field(default=" ", max_length=20, description="stands between a question and its answer")
+    max_answer: int = Field(default=32, gt=0, description="tokens of an answer, and of what is written for one")
     held_out: float = Field(
         default=0.02,
         gt=0,
@@ -79,16 +90,29 @@ class CorpusRecipe(Recipe):
         default=FitSettings(), description="how the loop runs: precision, micro-batches, checkpoints"
     )
 
-    @field_validator("evals")
+    @field_validator("evals", "questions")
     @classmethod
-    def _name_is_free(cls, value: dict[str, CorpusRef]) -> dict[str, CorpusRef]:
-        if "held_out" in value:
-            raise ValueError("'held_out' names the held-out part of the sources; choose another name")
+    def _name_is_free(cls, value: dict[str, T]) -> dict[str, T]:
+        if taken := {"held_out", "valid"} & set(value):
+            raise ValueError(f"{min(taken)!r} names held-out parts of the sources; choose another name")
         return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if both := sorted(set(self.evals) & set(self.questions)):
+            raise ValueError(f"{both[0]!r} names a text and a set of questions; choose another name for one")
+        return self
 
     @abstractmethod
     def build(self, ctx: CorpusContext) -> Corpus:
         """The plan of what is read: a pure function of ``ctx``, called again when a run is resumed."""
+
+    def asked(self) -> dict[str, Pairs]:
+        """Questions with answers by name, which ``build`` does not see: what ``questions`` names.
+
+        A method that makes its own adds them, ``held_out`` for its figure and ``valid`` for choosing.
+        """
+        return {name: Pairs(*open_labelled(ref, role=f"questions.{name}")) for name, ref in self.questions.items()}
 
     def run(self, run: Run) -> Metrics:
         """Split and clean the sources, build the corpus, read it, measure, save."""
@@ -96,7 +120,9 @@ class CorpusRecipe(Recipe):
         begin = time.monotonic()
         corpus = self.build(ctx)
         seconds = time.monotonic() - begin
-        evaluation, reader, meter = Evaluation(ctx, tests), Reader(ctx, corpus), Meter()
+        asked = self.asked()
+        _no_question_is_read(corpus, asked)
+        evaluation, reader, meter = Evaluation(ctx, tests, asked), Reader(ctx, corpus), Meter()
         fit_phases(
             reader.phases(),
             budget=lambda: self.budget,
@@ -114,7 +140,9 @@ class CorpusRecipe(Recipe):
         if metrics["epochs"] > MAX_EPOCHS_IN_SILENCE:
             ctx.warn("epochs", f"a table was read {metrics['epochs']:.1f} times; expect memorising, or give more text")
         metrics |= evaluation.final(ctx.model, corpus.conditions, run)
-        _save(self, ctx, corpus)
+        if corpus.examine is not None:
+            metrics |= corpus.examine(ctx.model)
+        _save(self, ctx, corpus, reader)
         run.cost = meter.cost.to_dict()
         return metrics
 
@@ -135,23 +163,36 @@ def _bytes(documents: Sequence[Document]) -> int:
     return sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents)
 
 
-def _save(recipe: CorpusRecipe, ctx: CorpusContext, corpus: Corpus) -> None:
+def _no_question_is_read(corpus: Corpus, asked: Mapping[str, Pairs]) -> None:
+    """Refuse a table that holds a question as a prompt; text that quotes one is for ``Decontaminate`` to find."""
+    known = {source_digest(source): name for name, pairs in asked.items() for source in pairs.sources}
+    for table, documents in corpus.tables.items() if known else ():
+        for document in documents:
+            if "prompt" in document.meta and (name := known.get(source_digest(str(document.meta["prompt"])))):
+                raise CorpusError(
+                    f"table {table!r} holds a question of {name!r} as the prompt of document {document.id!r}: "
+                    f"{str(document.meta['prompt'])[:80]!r}. What is asked must not be read."
+                )
+
+
+def _save(recipe: CorpusRecipe, ctx: CorpusContext, corpus: Corpus, reader: Reader) -> None:
     """Write ``corpus.json``, the plan, and ``model/`` with a README that says how to call it."""
-    phases = [
-        {
-            "name": reading.name,
-            "share": reading.share,
-            "tables": list(reading.tables),
-            "weights": None if reading.weights is None else list(reading.weights),
-            "format": None if reading.format is None else dict(reading.format.about),
-        }
-        for reading in corpus.phases
-    ]
+    weighed = {weighing.phase: weighing for weighing in reader.weighings}
+    phases = []
+    for reading in corpus.phases:
+        about: dict[str, Any] = {"name": reading.name, "share": reading.share, "tables": list(reading.tables)}
+        if reading.name in weighed:
+            about |= {"weights": weighed[reading.name].shares, "losses": weighed[reading.name].losses}
+        else:
+            about |= {"weights": None if not isinstance(reading.weights, tuple) else list(reading.weights)}
+        about |= {"format": None if reading.format is None else dict(reading.format.about)}
+        phases.append(about)
     documents = {name: len(table) for name, table in corpus.tables.items()}
     ctx.run.write_json("corpus.json", {"phases": phases, "documents": documents})
     ctx.model.save_pretrained(ctx.run.model)
     ctx.tokenizer.save_pretrained(ctx.run.model)
-    lines = [f"# {recipe.id}", "", f"Trained on {', '.join(f'`{ref.name}`' for ref in recipe.sources.values())}.", ""]
+    named = [f"`{ref.name}`" for ref in recipe.sources.values()] or ["documents that the method made"]
+    lines = [f"# {recipe.id}", "", f"Trained on {', '.join(named)}.", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM", ""]
     lines += ["model = AutoModelForCausalLM.from_pretrained(DIR)", "```", ""]
     if corpus.usage:

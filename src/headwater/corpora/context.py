@@ -110,7 +110,7 @@ class CorpusContext:
     @property
     def valid(self) -> list[Document]:
         """Validation documents, an equal part of each source; training documents where there are none."""
-        chars = VALID_CHARS // len(self.sources)
+        chars = VALID_CHARS // max(1, len(self.sources))
         return [d for s in self.sources.values() for d in held_out_sample(s.valid or s.train, chars)]
 
     def warn(self, topic: str, message: str) -> None:
@@ -123,6 +123,9 @@ def _tests(
     held: Mapping[str, DocumentStore], evals: Mapping[str, DocumentStore], recipe: CorpusRecipe
 ) -> dict[str, list[Document]]:
     """``held_out``, an equal part of each source's test documents, and the recipe's own sets."""
+    own = {name: held_out_sample(docs, recipe.eval_chars) for name, docs in evals.items()}
+    if not held:
+        return own
     count = sum(len(documents) for documents in held.values())
     if count < MIN_HELD_OUT_DOCUMENTS:
         raise CorpusError(
@@ -131,4 +134,4 @@ def _tests(
         )
     chars = recipe.eval_chars // len(held)
     pooled = [d for documents in held.values() if documents for d in held_out_sample(documents, chars)]
-    return {"held_out": pooled} | {name: held_out_sample(docs, recipe.eval_chars) for name, docs in evals.items()}
+    return {"held_out": pooled} | own

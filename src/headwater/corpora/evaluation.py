@@ -1,12 +1,19 @@
-"""What a corpus was worth: bits per byte of held-out text, measured the same way for every method of the stage."""
+"""What a corpus was worth: bits per byte of held-out text and answers to questions, the same for every method.
+
+eval/SET/bpb      bits per byte of a set's documents; of the answers, after their questions, where it has questions
+eval/SET/exact    share of questions whose greedy answer is the right one
+eval/SET/rouge_l  mean ROUGE-L of the answers
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,8 +21,10 @@ from headwater.core.fit import Phase, Trained
 from headwater.core.recipe import Metrics
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.plan import Condition
-from headwater.modalities.text.docs import Document
+from headwater.modalities.text.docs import CorpusError, Document
 from headwater.modalities.text.examples import encoded
+from headwater.modalities.text.instruct import exact_match, rouge_l
+from headwater.modalities.text.pairs import PairModel, Pairs
 from headwater.modalities.text.prepared import held_out_sample
 from headwater.modalities.text.score import Scored, bits_per_byte
 
@@ -36,10 +45,18 @@ class Evaluation:
     Args:
         ctx: the run's.
         tests: held-out documents by set.
+        asked: questions with answers by set; those of ``valid`` are looked at on the way.
+
+    Raises:
+        CorpusError: neither documents nor questions to choose by.
     """
 
-    def __init__(self, ctx: CorpusContext, tests: Mapping[str, Sequence[Document]]) -> None:
-        self.ctx, self.tests = ctx, tests
+    def __init__(self, ctx: CorpusContext, tests: Mapping[str, Sequence[Document]], asked: Mapping[str, Pairs]) -> None:
+        self.ctx, self.tests, self.asked = ctx, tests, asked
+        if both := sorted(set(tests) & set(asked)):
+            raise CorpusError(f"{both[0]!r} names held-out documents and questions; rename one of them.")
+        if not ctx.sources and "valid" not in asked:
+            raise CorpusError("there is nothing to choose by: name a source, or hold questions out as 'valid'.")
         self.valid = ctx.valid
         cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in self.valid]
         self.sub = held_out_sample(cut, MIDWAY_CHARS)
@@ -51,8 +68,47 @@ class Evaluation:
         return bits_per_byte(lm, self.ctx.tokenizer, documents, heads=heads, window=self.ctx.recipe.seq_len)
 
     def midway(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte on the excerpts; what ``fit`` calls at ``eval_at``."""
-        return {"valid/bpb": self._score(model, self.sub).bits_per_byte}
+        """Bits per byte on the excerpts, or of the answers where there is no text; ``fit`` calls it at ``eval_at``."""
+        if self.sub:
+            return {"valid/bpb": self._score(model, self.sub).bits_per_byte}
+        return {"valid/bpb": float(np.sum(self._answer_bits(model, self.asked["valid"])[0]))}
+
+    def _reader(self, model: nn.Module) -> PairModel:
+        recipe = self.ctx.recipe
+        tokenizer = self.ctx.tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.eos_token
+        room = recipe.seq_len - recipe.max_answer
+        if room < 2:
+            raise CorpusError(
+                f"max_answer ({recipe.max_answer}) leaves no room for a question in seq_len {recipe.seq_len}; lower it."
+            )
+        return PairModel(model, tokenizer, "causal", room, recipe.max_answer, recipe.join)
+
+    def _answer_bits(self, model: nn.Module, pairs: Pairs) -> tuple[NDArray[np.float64], float]:
+        """Bits of each answer over the bytes of all, so that they sum to bits per byte, ``(n,)``; nats per token."""
+        reader = self._reader(model)
+        counts = np.array([len(ids) for ids in reader.encode_targets(pairs.targets)])
+        nats = reader.nats(pairs) * counts
+        size = sum(len(target.encode("utf-8", "surrogatepass")) for target in pairs.targets)
+        return nats / math.log(2) / max(1, size), float(nats.sum() / counts.sum())
+
+    def _ask(self, model: nn.Module, name: str, pairs: Pairs, items: dict[str, Any]) -> Metrics:  # Any: JSON data
+        place = "valid" if name == "valid" else f"eval/{name}"
+        answers = self._reader(model).answers(pairs.sources)
+        bits, nll = self._answer_bits(model, pairs)
+        judged = list(zip(answers, pairs.targets, strict=True))
+        scores = {
+            "exact": [exact_match(*pair) for pair in judged],
+            "rouge_l": [rouge_l(*pair) for pair in judged],
+            "bpb": (bits * len(bits)).tolist(),  # which averages to the figure of the whole set
+        }
+        for metric, values in scores.items():
+            items[f"{place}/{metric}"] = {"ids": list(map(str, range(len(values)))), "values": values}
+        return {f"{place}/{metric}": float(np.mean(values)) for metric, values in scores.items()} | {
+            f"{place}/nll": nll
+        }
 
     def add_trajectory(self, phase: Phase, trained: Trained) -> None:
         """Append a phase's trajectory, its tokens counted from the beginning of the run."""
@@ -65,8 +121,12 @@ class Evaluation:
     def final(self, model: nn.Module, conditions: Mapping[str, Condition], run: Run) -> Metrics:
         """Score every set, as it is and under every condition; write the run's files and return the metrics."""
         model.eval()
-        metrics: Metrics = {"valid/bpb": self._score(model, self.valid).bits_per_byte}
+        metrics: Metrics = {}
         items: dict[str, Any] = {}  # Any: JSON data
+        for name, pairs in self.asked.items():
+            metrics |= self._ask(model, name, pairs, items)
+        if self.valid:
+            metrics["valid/bpb"] = self._score(model, self.valid).bits_per_byte
         for name, documents in self.tests.items():
             counts = np.array([len(ids) for ids in encoded(documents, self.ctx.tokenizer)])
             for label, heads in {"": None, **_heads(documents, conditions)}.items():

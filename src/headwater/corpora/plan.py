@@ -6,14 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from headwater.core.optim import OptimSpec
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.examples import Formatter
 
-__all__ = ["Condition", "Corpus", "Reading"]
+__all__ = ["Condition", "Controller", "Corpus", "Reading"]
 
 Condition = Callable[[Document], Sequence[int] | None]
 """Tokens that stand before a held-out document when it is scored; None where there are none for it."""
+
+Controller = Callable[[Sequence[Mapping[str, float]]], Sequence[float]]
+"""From the losses of all ``watched`` documents at the beginning of this phase and of every phase before that was
+weighed like it, in nats per target, the latest last, to the share of each table. A pure function."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Reading:
         name: of the phase.
         share: of the budget, in (0, 1].
         tables: what is read.
-        weights: share of each table in every batch, >= 0; None: in proportion to their sizes.
+        weights: share of each table in every batch, >= 0; None: in proportion to their sizes; a controller is asked
+            when the phase begins.
         format: what documents look like; None: the document and EOS.
         optim: None goes on from the phase before, with its moments, on one schedule over the whole budget. Otherwise
             this phase starts afresh, on a schedule of its own.
@@ -33,14 +40,14 @@ class Reading:
     name: str
     share: float
     tables: tuple[str, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | Controller | None = None
     format: Formatter | None = None
     optim: OptimSpec | None = None
 
     def __post_init__(self) -> None:
         if not self.tables or len(set(self.tables)) < len(self.tables):
             raise ValueError(f"phase {self.name!r} must read tables, each once; got {list(self.tables)}.")
-        if self.weights is not None and len(self.weights) != len(self.tables):
+        if isinstance(self.weights, tuple) and len(self.weights) != len(self.tables):
             raise ValueError(
                 f"phase {self.name!r} has {len(self.weights)} weights for {len(self.tables)} tables; give one for each."
             )
@@ -54,6 +61,8 @@ class Corpus:
         phases: in order; their shares sum to 1.
         tables: documents by name.
         conditions: by name, further ways to score held-out text: ``eval/SET/NAME/bpb``.
+        watched: validation documents by name, whose losses controllers are told.
+        examine: further figures of the trained model, which the base takes before it saves it.
         usage: how the model must be called, as JSON data, saved as ``model/corpus.json``; none where it is called as
             any other.
         readme: the same in words.
@@ -63,6 +72,8 @@ class Corpus:
     phases: tuple[Reading, ...]
     tables: Mapping[str, Sequence[Document]]
     conditions: Mapping[str, Condition] = field(default_factory=dict)
+    watched: Mapping[str, Sequence[Document]] = field(default_factory=dict)
+    examine: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON data
     readme: str = ""
     files: tuple[str, ...] = ()
@@ -79,5 +90,7 @@ class Corpus:
                 f"the phases read the tables {sorted(read)} and the corpus has {sorted(self.tables)}; "
                 f"{unknown[0]!r} is not in both."
             )
+        if not self.watched and any(callable(phase.weights) for phase in self.phases):
+            raise ValueError("a controller is told the losses of watched documents, and the corpus watches none.")
         if empty := [name for name, documents in self.tables.items() if not len(documents)]:
             raise ValueError(f"table {empty[0]!r} of the corpus holds no document.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
+import torch
 
 from headwater.core.fit import Phase, Trained
 from headwater.core.objective import Objective
@@ -15,14 +17,18 @@ from headwater.core.recipe import Metrics
 from headwater.core.rng import derive_seed
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.plan import Corpus, Reading
+from headwater.modalities.text.docs import Document
 from headwater.modalities.text.examples import Formatter, PackedExamples, PlainFormatter, formatted
 from headwater.modalities.text.objectives import CausalObjective, PackedObjective
 from headwater.modalities.text.packing import IGNORED, MixedStream, PackedBlocks, Rows
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "Weighing"]
 
 COUNTED_ROWS = 4096
 """Rows that are looked at together when targets are counted; bounds memory."""
+
+WATCHED_ROWS = 64
+"""Rows of watched documents per forward pass."""
 
 
 @dataclass
@@ -34,6 +40,20 @@ class _Table:
     read: int = 0
 
 
+class Weighing(NamedTuple):
+    """What a controller decided.
+
+    Attributes:
+        phase: the name of the phase.
+        losses: what it was told of that moment, by watched documents, in nats per target.
+        shares: of each table.
+    """
+
+    phase: str
+    losses: dict[str, float]
+    shares: dict[str, float]
+
+
 @dataclass
 class Reader:
     """Reads a corpus as its plan says.
@@ -41,10 +61,12 @@ class Reader:
     Attributes:
         ctx: the run's.
         corpus: the plan.
+        weighings: what controllers decided so far.
     """
 
     ctx: CorpusContext
     corpus: Corpus
+    weighings: list[Weighing] = field(default_factory=list)
     _open: dict[str, _Table] = field(default_factory=dict)
 
     def phases(self) -> Generator[Phase, Trained, None]:
@@ -52,7 +74,7 @@ class Reader:
         start, before = 0.0, None
         for reading in self.corpus.phases:
             tables = self._tables(reading)
-            stream = self._stream(reading, tables)
+            stream = self._stream(self._weights(reading, tables), tables)
             if reading.optim is None:
                 phase = Phase(
                     reading.name,
@@ -79,9 +101,42 @@ class Reader:
             return cast(Objective, CausalObjective())
         return cast(Objective, PackedObjective(restart_positions=packing == "document"))
 
-    def _stream(self, reading: Reading, tables: list[_Table]) -> MixedStream:
-        sizes = [float(len(table.rows)) for table in tables]
-        weights = sizes if reading.weights is None else reading.weights
+    def _weights(self, reading: Reading, tables: list[_Table]) -> Sequence[float]:
+        if reading.weights is None:
+            return [float(len(table.rows)) for table in tables]
+        if not callable(reading.weights):
+            return reading.weights
+        losses = self._losses(reading)
+        if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+            raise ArithmeticError(
+                f"the loss of {wrong[0]!r} is {losses[wrong[0]]} before phase {reading.name!r}; lower the rate."
+            )
+        shares = list(reading.weights([*(weighing.losses for weighing in self.weighings), losses]))
+        self.weighings.append(Weighing(reading.name, losses, dict(zip(reading.tables, shares, strict=True))))
+        return shares
+
+    @torch.no_grad()
+    def _losses(self, reading: Reading) -> dict[str, float]:
+        """Nats per target of the watched documents, in the form in which this phase reads."""
+        formatter = reading.format or PlainFormatter(self.ctx.tokenizer)
+        objective, model, found = self._objective, self.ctx.model, {}
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        for name, documents in self.corpus.watched.items():
+            rows, total, count = self._packed(documents, formatter), 0.0, 0.0
+            for begin in range(0, len(rows), WATCHED_ROWS):
+                items = np.arange(begin, min(begin + WATCHED_ROWS, len(rows)))
+                batch = {
+                    key: torch.from_numpy(np.asarray(value)).to(device) for key, value in rows.columns(items).items()
+                }
+                loss = objective(model, batch)
+                total, count = total + float(loss.total), count + float(loss.count)
+            found[name] = total / count
+        model.train(was_training)
+        return found
+
+    def _stream(self, weights: Sequence[float], tables: list[_Table]) -> MixedStream:
         parts = [(table.rows, weight) for table, weight in zip(tables, weights, strict=True)]
         walks = [VirtualIndex(table.walk.n, table.walk.seed, table.read) for table in tables]
         recipe = self.ctx.recipe
@@ -91,7 +146,7 @@ class Reader:
         formatter = reading.format or PlainFormatter(self.ctx.tokenizer)
         found = []
         for name in reading.tables:
-            rows = self._rows(name, formatter)
+            rows = self._packed(self.corpus.tables[name], formatter)
             key = f"{name} {rows.fingerprint}"
             if key not in self._open:
                 seed = derive_seed(self.ctx.recipe.seed, "order", name)
@@ -99,9 +154,9 @@ class Reader:
             found.append(self._open[key])
         return found
 
-    def _rows(self, table: str, formatter: Formatter) -> Rows:
+    def _packed(self, documents: Sequence[Document], formatter: Formatter) -> Rows:
         ctx = self.ctx
-        store = formatted(self.corpus.tables[table], formatter, ctx.room)
+        store = formatted(documents, formatter, ctx.room)
         if ctx.room is None:
             return PackedBlocks(store, ctx.recipe.seq_len)
         return PackedExamples(store, ctx.recipe.seq_len, pad_token_id=ctx.pad_token_id)
