@@ -347,7 +347,7 @@ def test_rejects_features_and_weights_that_do_not_fit(wide):
         GDAClassifier().fit(np.where(X[3, 4] == X, np.nan, X), y)
     with pytest.raises(ValueError, match="row 3 of X is not finite"):
         GDAClassifier().fit(torch.from_numpy(np.where(X[3, 4] == X, np.nan, X)), torch.from_numpy(y))
-    with pytest.raises(ValueError, match="X has 5 features, but this head expects 64"):
+    with pytest.raises(ValueError, match="X has 5 features, but GDAClassifier is expecting 64"):
         GDAClassifier().fit(torch.from_numpy(X), torch.from_numpy(y)).predict(torch.zeros(2, 5))
 
 

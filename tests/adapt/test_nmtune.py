@@ -339,7 +339,7 @@ def test_rejects_data_that_cannot_be_learned_from():
         quick().fit(torch.from_numpy(X), torch.linspace(0, 1, len(y)))
     with pytest.raises(ValueError, match="60 rows have 59 labels"):
         quick().fit(torch.from_numpy(X), torch.from_numpy(y[1:]))
-    with pytest.raises(ValueError, match="X has 5 features, but this head expects 6"):
+    with pytest.raises(ValueError, match="X has 5 features, but NMTuneClassifier is expecting 6"):
         quick().fit(torch.from_numpy(X), torch.from_numpy(y)).predict(torch.zeros(2, 5))
     stream = quick().partial_fit(X[y < 2], y[y < 2])
     with pytest.raises(ValueError, match=r"label 2 is not one of \[0, 1\]; announce it"):

@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 
-from headwater.continual.references import Sequential
 from headwater.continual.streams import Samples
 from headwater.continual.training import (
     TaskBatches,
@@ -11,10 +10,8 @@ from headwater.continual.training import (
     Trainee,
     digest_of_inputs,
     features_of,
-    warn_once,
 )
 from headwater.core.order import VirtualIndex
-from headwater.core.run import Run
 from headwater.modalities.features import ArrayEncoder
 from headwater.modalities.text.labelled import text_array
 
@@ -89,12 +86,3 @@ def test_property_features_are_taken_in_evaluation_mode_in_pieces():
     features = features_of(encoder, inputs, 3)
     torch.testing.assert_close(features, encoder.model[0](torch.from_numpy(inputs)), rtol=1e-5, atol=1e-6)
     assert not features.requires_grad
-
-
-def test_property_a_warning_is_said_once_and_kept(tmp_path, caplog):
-    with Run(tmp_path / "run", Sequential(model="none")) as run:
-        warn_once(run, "x", "first words")
-        warn_once(run, "x", "second words")
-    assert run.notes == {"warning/x": "second words"}
-    assert [record.message for record in caplog.records].count("first words") == 1
-    assert "second words" not in caplog.text

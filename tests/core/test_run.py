@@ -143,3 +143,12 @@ def test_fault_changed_data_are_refused(tmp_path: Path) -> None:
         execute(Stopped(**dict(frozen())), tmp_path / "a")
     with pytest.raises(RunError, match=r"'domain' changed since this run began .fingerprint before, now abc."):
         execute(quick(), tmp_path / "a", resume=True)
+
+
+def test_property_a_warning_is_said_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Run(tmp_path / "run", load_recipe(RECIPE)) as run:
+        run.warn("x", "first words")
+        run.warn("x", "second words")
+    assert run.notes == {"warning/x": "second words"}
+    assert [record.message for record in caplog.records].count("first words") == 1
+    assert "second words" not in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, RobertaConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, RobertaConfig, RobertaForMaskedLM
 
 from headwater.core.recipe import RecipeError, load_recipe
 from headwater.core.run import execute
@@ -153,6 +153,28 @@ def test_property_tags_are_warned_of(sobert_fields: Fields, tmp_path: Path) -> N
     path.write_text("".join(json.dumps({**row, "text": f"<p>{row['text']}</p>"}) + "\n" for row in rows))
     result = execute(recipe_of(sobert_fields, domain=str(path), plan=None, budget={"steps": 1}), tmp_path / "run")
     assert result.notes["warning/html"].startswith("100% of the posts hold HTML tags")
+
+
+def test_property_posts_that_are_lost_to_a_short_context_are_warned_of(sobert_fields: Fields, tmp_path: Path) -> None:
+    changes = {"plan": None, "vocab": "keep", "budget": {"steps": 1}}
+    short = execute(recipe_of(sobert_fields, **changes, context=64), tmp_path / "short")
+    about = json.loads((tmp_path / "short" / "threads.json").read_text())
+    assert short.notes["warning/dropped"].startswith(f"{len(about['dropped'])} of 2700 posts did not fit")
+    long = execute(recipe_of(sobert_fields, **changes, context=160, batch_tokens=640), tmp_path / "long")
+    assert "warning/dropped" not in long.notes
+
+
+def test_property_roberta_counts_positions_from_its_padding_id() -> None:
+    read: list[torch.Tensor] = []
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, pad_token_id=1
+    )
+    model = RobertaForMaskedLM(config)
+    model.roberta.embeddings.position_embeddings.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    batch = {"input_ids": ids, "labels": ids, "document_ids": torch.tensor([[1, 1, 2, 2]])}
+    AlignedObjective()(model, {**batch, "position_ids": torch.tensor([[0, 1, 0, 1]])})
+    assert read[0].tolist() == [[2, 3, 2, 3]]
 
 
 def test_rejects_what_cannot_be(sobert_fields: Fields, tiny_causal: Path, tmp_path: Path) -> None:

@@ -7,15 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import linalg
-from sklearn.base import BaseEstimator
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
 __all__ = [
     "add_to_diagonal",
-    "checked_labelled",
-    "checked_rows",
     "like",
     "log_softmax",
     "namespace",
@@ -23,45 +18,6 @@ __all__ = [
     "solve",
     "unit",
 ]
-
-
-def checked_rows(estimator: BaseEstimator, X: Any, *, reset: bool = False) -> Any:
-    """``X`` as scikit-learn checks it for ``estimator``, in float32 or float64; a tensor stays one, where it is.
-
-    Args:
-        estimator: its ``n_features_in_`` (and ``feature_names_in_``) is set, or compared with.
-        X: ``(N, D)``.
-        reset: set rather than compare.
-
-    Raises:
-        ValueError: scikit-learn's, or the shape of a tensor is wrong. Whether a tensor is finite is not looked at.
-    """
-    if not isinstance(X, Tensor):
-        return validate_data(estimator, X, dtype=[np.float64, np.float32], reset=reset)
-    if X.ndim != 2 or 0 in X.shape:
-        raise ValueError(f"X must be (samples, features), neither of them 0; got shape {tuple(X.shape)}.")
-    if reset:
-        estimator.n_features_in_ = X.shape[1]
-    elif X.shape[1] != estimator.n_features_in_:
-        raise ValueError(
-            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
-            f"{estimator.n_features_in_} features as input."
-        )
-    return X if X.dtype in (torch.float32, torch.float64) else X.float()
-
-
-def checked_labelled(estimator: BaseEstimator, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
-    """``checked_rows`` with a label for each row, ``(N,)``: integers or strings (integers beside a tensor).
-
-    Raises:
-        ValueError: as there, or labels that are no classes.
-    """
-    if isinstance(X, Tensor):
-        return checked_rows(estimator, X, reset=reset), torch.as_tensor(y, device=X.device)
-    X, y = validate_data(estimator, X, y, dtype=[np.float64, np.float32], reset=reset)
-    check_classification_targets(y)
-    labels = column_or_1d(y)
-    return X, labels.astype(str) if labels.dtype.kind == "O" else labels
 
 
 def shrunk_solve(scatter: Any, rows: Any, ridge: float, columns: Any) -> Any:

@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.covariance import ledoit_wolf, oas
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from headwater.adapt.arrays import like, log_softmax, namespace, shrunk_solve, solve, unit
 from headwater.adapt.base import AdaptTask, HeadRecipe
+from headwater.adapt.estimator import Array, ScoredClassifier, checked_labelled, checked_rows
 from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.moments import ClassMoments
 from headwater.core.recipe import Name, Spec
@@ -43,8 +42,6 @@ __all__ = ["ALPHAS", "GDA", "GDAClassifier", "ZeroShot"]
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-Array = np.ndarray[Any, Any] | Tensor
-
 ALPHAS = tuple(10.0**power for power in range(-4, 3))
 """Weights of the Gaussian logits that are tried when alpha is chosen."""
 
@@ -53,7 +50,7 @@ _ROWS = 1 << 16  # normalised at a time
 _FORMAT = 1
 
 
-class GDAClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
+class GDAClassifier(ScoredClassifier):
     """Linear classifier from class means and one shared covariance; optionally on top of zero-shot weights.
 
     Takes numpy arrays or torch tensors; tensors are answered with tensors on their device. Moments are accumulated in
@@ -168,24 +165,6 @@ class GDAClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self._absorb(X, y, classes)
         return self
 
-    def decision_function(self, X: Array) -> Any:
-        """Return logits, ``(N, C)``; for two classes the second minus the first, ``(N,)``, as scikit-learn has it."""
-        scores = self._scores(X)
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
-    def predict(self, X: Array) -> Any:
-        """Return the likeliest label of each row, ``(N,)``."""
-        scores = self._scores(X)
-        return self.classes_[scores.argmax(1)]
-
-    def predict_proba(self, X: Array) -> Any:
-        """Return class probabilities, ``(N, C)``."""
-        return namespace(X).exp(self.predict_log_proba(X))
-
-    def predict_log_proba(self, X: Array) -> Any:
-        """Return log-probabilities, ``(N, C)``."""
-        return log_softmax(self._scores(X))
-
     @property
     def coef_(self) -> Any:
         """Weights, ``(C, D)``."""
@@ -280,22 +259,9 @@ class GDAClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             raise ValueError(f"alpha must be 'auto', 'validation' or a number >= 0; got {self.alpha!r}.")
 
     def _inputs(self, X: Array, y: Array, *, reset: bool = True) -> tuple[Any, Any]:
-        if not isinstance(X, Tensor):
-            X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], reset=reset)
-            check_classification_targets(y)
-        else:
-            X, y = self._tensor(X, reset=reset), torch.as_tensor(y, device=X.device)
+        X, y = checked_labelled(self, X, y, reset=reset)
         self._check_norm(X)
         return X, y
-
-    def _tensor(self, X: Tensor, *, reset: bool) -> Tensor:
-        if X.ndim != 2 or 0 in X.shape:
-            raise ValueError(f"X must be (samples, features), neither of them 0; got shape {tuple(X.shape)}.")
-        if reset:
-            self.n_features_in_ = X.shape[1]
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {X.shape[1]} features, but this head expects {self.n_features_in_} features.")
-        return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
     def _check_norm(self, X: Array) -> None:
         if self.zero_shot is None or self.normalize:
@@ -318,7 +284,8 @@ class GDAClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             self._moments.update(rows, labels)
         xp = namespace(X)
         known = [self._moments.classes, *([self.classes_] if hasattr(self, "classes_") else [])]
-        known += [] if classes is None else [xp.asarray(classes)]
+        if classes is not None:
+            known.append(np.asarray(classes) if xp is np else torch.as_tensor(classes, device=X.device))
         self.classes_: Any = xp.unique(xp.concatenate(known))
         self._head = None
 
@@ -446,10 +413,7 @@ class GDAClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     def _scores(self, X: Array) -> Any:
         check_is_fitted(self, "classes_")
-        if isinstance(X, Tensor):
-            X = self._tensor(X, reset=False)
-        else:
-            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = checked_rows(self, X)
         self._check_norm(X)
         X = unit(X) if self.normalize else X
         weight, bias = (like(part, X) for part in self._solved())

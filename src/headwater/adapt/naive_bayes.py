@@ -30,13 +30,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
-from headwater.adapt.arrays import checked_labelled, checked_rows, like, log_softmax, namespace
+from headwater.adapt.arrays import like, namespace
 from headwater.adapt.base import AdaptTask, HeadRecipe
+from headwater.adapt.estimator import Array, ScoredClassifier, checked_labelled, checked_rows
 from headwater.adapt.references import cross_validated_logistic_regression
 from headwater.core.cache import atomic_write_text
 from headwater.core.moments import ClassMoments
@@ -57,10 +56,8 @@ __all__ = [
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-Array = np.ndarray[Any, Any] | Tensor
 
-
-class PooledGaussianNB(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
+class PooledGaussianNB(ScoredClassifier):
     """Gaussian naive Bayes whose classes share the variances, which makes it linear.
 
     scikit-learn's ``GaussianNB`` has variances for each class, which few examples do not give. Takes numpy arrays or
@@ -144,24 +141,6 @@ class PooledGaussianNB(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self.classes_: Any = xp.unique(xp.concatenate(known))
         self._head: tuple[Any, Any] | None = None
         return self
-
-    def decision_function(self, X: Array) -> Any:
-        """Return logits, ``(N, C)``; for two classes the second minus the first, ``(N,)``, as scikit-learn has it."""
-        scores = self._scores(X)
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
-    def predict(self, X: Array) -> Any:
-        """Return the likeliest label of each row, ``(N,)``."""
-        scores = self._scores(X)
-        return self.classes_[scores.argmax(1)]
-
-    def predict_proba(self, X: Array) -> Any:
-        """Return class probabilities, ``(N, C)``."""
-        return namespace(X).exp(self.predict_log_proba(X))
-
-    def predict_log_proba(self, X: Array) -> Any:
-        """Return log-probabilities, ``(N, C)``."""
-        return log_softmax(self._scores(X))
 
     @property
     def coef_(self) -> Any:

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from headwater.adapt.arrays import log_softmax, namespace
+from headwater.adapt.arrays import namespace
 from headwater.adapt.base import AdaptTask, HeadRecipe
+from headwater.adapt.estimator import Array, ScoredClassifier, checked_labelled, checked_rows
 from headwater.adapt.nmtune_block import USAGE, NMTuneBlock, Standardize, tune
 from headwater.adapt.nmtune_loss import NMTuneLoss, Spectrum, covariance_loss, spectrum
 from headwater.core.moments import ClassMoments
@@ -52,12 +52,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NMTune", "NMTuneBlock", "NMTuneClassifier", "NMTuneLoss", "Spectrum", "spectrum", "tune"]
 
-Array = np.ndarray[Any, Any] | Tensor
-
 _ROWS = 4096  # read at a time where nothing is learned
 
 
-class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
+class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ScoredClassifier):  # type: ignore[misc]  # scikit-learn has no annotations
     """A head on frozen features with NMTune's network before it; ``transform`` gives the reshaped features.
 
     Takes numpy arrays or torch tensors; tensors are answered with tensors on their device, string labels with numpy
@@ -172,27 +170,14 @@ class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ClassifierMixin, 
         """Return the reshaped features z, ``(N, D)``."""
         return self._outputs(X, "block")
 
-    def decision_function(self, X: Array) -> Any:
-        """Return logits, ``(N, C)``; for two classes the second minus the first, ``(N,)``, as scikit-learn has it."""
-        scores = self._outputs(X)
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
     def predict(self, X: Array) -> Any:
         """Return the likeliest label of each row, ``(N,)``."""
-        best = self._outputs(X).argmax(1)
+        best = self._scores(X).argmax(1)
         if isinstance(best, Tensor):
             if self.classes_.dtype.kind in "iufb":
                 return torch.as_tensor(self.classes_, device=best.device)[best]
             best = best.numpy(force=True)
         return self.classes_[best]
-
-    def predict_proba(self, X: Array) -> Any:
-        """Return class probabilities, ``(N, C)``."""
-        return namespace(X).exp(self.predict_log_proba(X))
-
-    def predict_log_proba(self, X: Array) -> Any:
-        """Return log-probabilities, ``(N, C)``."""
-        return log_softmax(self._outputs(X))
 
     def to_module(self) -> nn.Sequential:
         """Return a copy of standardisation, block and head as one module from features to logits, ``(N, C)``.
@@ -225,7 +210,7 @@ class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ClassifierMixin, 
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         generator = torch_generator(seed, "nmtune weights")
         block = NMTuneBlock(X.shape[1], self.ratio, self.layers, generator=generator)
-        head = nn.utils.skip_init(nn.Linear, X.shape[1], len(self.classes_))  # type: ignore[no-untyped-call]
+        head = nn.utils.skip_init(nn.Linear, X.shape[1], len(self.classes_))  # type: ignore[no-untyped-call]  # torch's
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         parts = OrderedDict(standardize=Standardize(*self._moments(X)), block=block, head=head)
@@ -300,35 +285,19 @@ class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ClassifierMixin, 
 
     def _inputs(self, X: Array, y: Array, *, reset: bool = True) -> tuple[Any, Any]:
         self._check_parameters()
-        if isinstance(X, Tensor):
-            X = self._tensor(X, reset=reset)
-            if len(y) != len(X):
-                raise ValueError(f"{len(X)} rows have {len(y)} labels.")
-        else:
-            X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], reset=reset)
-        y = y if isinstance(y, Tensor) else np.asarray(y)
-        check_classification_targets(y.numpy(force=True) if isinstance(y, Tensor) else y)
+        X, y = checked_labelled(self, X, y, reset=reset, strings=True)
+        _check_finite(X)
         if X.shape[0] < 2:
             raise ValueError("batch norm and covariances need at least 2 rows; got 1 sample.")
         return X, y
 
-    def _tensor(self, X: Tensor, *, reset: bool) -> Tensor:
-        if X.ndim != 2 or 0 in X.shape:
-            raise ValueError(f"X must be (samples, features), neither of them 0; got shape {tuple(X.shape)}.")
-        if reset:
-            self.n_features_in_ = X.shape[1]
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {X.shape[1]} features, but this head expects {self.n_features_in_} features.")
-        if bool((bad := ~torch.isfinite(X).all(1)).any()):
-            raise ValueError(f"row {int(bad.nonzero()[0])} of X is not finite.")
-        return X if X.dtype in (torch.float32, torch.float64) else X.float()
+    def _scores(self, X: Array) -> Any:
+        return self._outputs(X)
 
     def _outputs(self, X: Array, last: Literal["block", "head"] = "head") -> Any:
         check_is_fitted(self, "module_")
-        if isinstance(X, Tensor):
-            X = self._tensor(X, reset=False)
-        else:
-            X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = checked_rows(self, X)
+        _check_finite(X)
         module = self.module_ if last == "head" else self.module_[:2]
         with torch.no_grad():
             found = torch.cat([module(self._at_module(X[i : i + _ROWS])) for i in range(0, X.shape[0], _ROWS)])
@@ -348,6 +317,12 @@ class NMTuneClassifier(OneToOneFeatureMixin, TransformerMixin, ClassifierMixin, 
         if self.prior not in ("uniform", "empirical"):
             raise ValueError(f"prior must be 'uniform' or 'empirical'; got {self.prior!r}.")
         NMTuneLoss(self.w_mse, self.w_cov, self.w_svd, self.m)  # which checks its own
+
+
+def _check_finite(X: Array) -> None:
+    # Of NumPy rows scikit-learn has seen to it.
+    if isinstance(X, Tensor) and bool((bad := ~torch.isfinite(X).all(1)).any()):
+        raise ValueError(f"row {int(bad.nonzero()[0])} of X is not finite.")
 
 
 def _unique(labels: Any) -> np.ndarray[Any, Any]:

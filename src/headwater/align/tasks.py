@@ -243,8 +243,7 @@ class ClassTask:
 
     def warn(self, topic: str, message: str) -> None:
         """Log a warning and keep it with the result."""
-        logger.warning(message)
-        self.run.notes[f"warning/{topic}"] = message
+        self.run.warn(topic, message)
 
     def keep_labels(self, labels: NDArray[np.float32]) -> None:
         """Write weak labels of the unlabelled texts to ``labels.parquet``: text, label, confidence, soft_label."""

@@ -116,6 +116,15 @@ class _Experiment:
         found: list[float] = (scored.nats / np.log(2) / scored.counts.mean()).tolist()
         return found
 
+    def frequency_bits(self) -> float:
+        """Bits a token of the test threads under the frequencies of training tokens: what needs no context."""
+        size = len(self.tokenizer)
+        seen, held = (
+            np.bincount(np.concatenate(self.tokenizer([d.text for d in side])["input_ids"]).astype(int), minlength=size)
+            for side in (self.posts, self.test)
+        )
+        return float(-(held * np.log2((seen + 1) / (seen.sum() + size))).sum() / held.sum())
+
     def probe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         """Accuracy of a linear probe for the sub-package, on held-out and training docstrings alike."""
         labels = [document.meta["module"].split(".")[1] for document in self.test_posts]
@@ -151,6 +160,7 @@ def measure(scale: Scale, seed: int, directory: Path) -> Measured:
     notes: dict[str, Any] = {
         f"seed-{seed}/copied": f"{_copied(run.test):.3f} of the lines of a test thread stand in it more than once",
         f"seed-{seed}/threads": f"{len(run.threads)} to learn from, of {len(run.posts)} docstrings",
+        f"seed-{seed}/frequencies": f"{run.frequency_bits():.3f} bits a token from token frequencies alone",
     }
     tokens = len(run.tokenizer("\n".join(d.text for d in run.posts))["input_ids"])
     unmet = []

@@ -140,8 +140,7 @@ class CompositionContext:
 
     def warn(self, topic: str, message: str) -> None:
         """Log a warning and keep it with the result."""
-        self.run.logger.warning(message)
-        self.run.notes[f"warning/{topic}"] = message
+        self.run.warn(topic, message)
 
     def score(
         self, model: nn.Module, side: Literal["valid", "test"] = "valid", role: str | None = None

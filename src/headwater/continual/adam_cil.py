@@ -44,9 +44,6 @@ from headwater.core.order import VirtualIndex
 from headwater.core.recipe import Spec
 from headwater.core.rng import derive_seed, torch_generator
 from headwater.modalities.features import ArrayEncoder, Encoder
-from headwater.modalities.models import load_encoder
-from headwater.modalities.text.labelled import ends_at_unit_length, open_encoder
-from headwater.modalities.vision.labelled import open_image_encoder
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -181,8 +178,7 @@ class ADAMLearner:
             self.first_samples = len(task.train)
             self._first(task, run)
         elif self.dual is not None and len(task.train) > _MUCH_SMALLER * self.first_samples:
-            _warn(
-                run,
+            run.warn(
                 "first_task",
                 f"task {task.index} has {len(task.train)} training samples and the first task, the only one that the "
                 f"encoder is adapted to, had {self.first_samples}. A larger `init` would adapt it to more.",
@@ -196,16 +192,14 @@ class ADAMLearner:
         if self.adapt_on == "none":
             return
         if len(task.classes) < 2:
-            _warn(
-                run,
+            run.warn(
                 "simple_cil",
                 "the first task has one class, which leaves cross-entropy nothing to learn; going on as SimpleCIL. "
                 "Give it two or more (`init`) to adapt the encoder.",
             )
             return
         if norms := batch_norms(self.encoder):
-            _warn(
-                run,
+            run.warn(
                 "batch_norm",
                 f"{len(norms)} batch normalisations (first: {norms[0]}) keep their running statistics while the "
                 "encoder is adapted; statistics of the first task would not suit the others.",
@@ -339,12 +333,6 @@ def _add_ia3(model: nn.Module, spec: Ia3Spec) -> nn.Module:
     return wrapped
 
 
-def _warn(run: Run, name: str, words: str) -> None:
-    if f"warning/{name}" not in run.notes:
-        run.logger.warning(words)
-    run.notes[f"warning/{name}"] = words
-
-
 class ADAM(ContinualRecipe):
     """Recipe: adapt a copy of the encoder to the first task, then class means on both."""
 
@@ -386,16 +374,3 @@ class ADAM(ContinualRecipe):
             fit=self.fit,
             seed=self.seed,
         )
-
-    def encoder(self, info: StreamInfo) -> Encoder | ArrayEncoder:
-        """The recipe's model and what prepares its inputs; arrays are taken for the model's own tensors."""
-        modality, processor = self.stream.modality, None
-        if info.input_shape != ():
-            model = load_encoder(self.model)
-        elif modality == "image":
-            model, processor = open_image_encoder(self.model)
-        else:
-            model, processor = open_encoder(self.model)
-        # As `encode_texts` does for the references, so that SimpleCIL here and there is one and the same.
-        unit = modality == "text" and ends_at_unit_length(model)
-        return Encoder(model, processor, modality, max_length=self.max_tokens, normalize=unit)

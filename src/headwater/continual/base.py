@@ -33,6 +33,10 @@ from headwater.core.cache import atomic_write_text
 from headwater.core.checkpoint import CheckpointStore
 from headwater.core.family import Axis, Family
 from headwater.core.recipe import Metrics, ModelRef, Recipe
+from headwater.modalities.features import ArrayEncoder, Encoder
+from headwater.modalities.models import load_encoder
+from headwater.modalities.text.labelled import ends_at_unit_length, open_encoder
+from headwater.modalities.vision.labelled import open_image_encoder
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -236,6 +240,21 @@ class ContinualRecipe(Recipe):
     @abstractmethod
     def learner(self, info: StreamInfo) -> ContinualLearner:
         """A fresh learner that has seen no task."""
+
+    def encoder(self, info: StreamInfo) -> Encoder | ArrayEncoder:
+        """The recipe's model and what prepares its inputs, for learners that read those; arrays are taken for its own
+        tensors.
+        """
+        modality, processor = self.stream.modality, None
+        if info.input_shape != ():
+            model = load_encoder(self.model)
+        elif modality == "image":
+            model, processor = open_image_encoder(self.model)
+        else:
+            model, processor = open_encoder(self.model)
+        # As ``encode_texts`` does for learners that read features: SimpleCIL here and there is one and the same.
+        unit = modality == "text" and ends_at_unit_length(model)
+        return Encoder(model, processor, modality, max_length=self.max_tokens, normalize=unit)
 
     def run(self, run: Run) -> Metrics:
         """Read the data, cut the stream, ``follow`` it."""

@@ -24,7 +24,6 @@ from headwater.continual.training import (
     Trainee,
     batch_norms,
     features_of,
-    warn_once,
 )
 from headwater.core.budget import Budget
 from headwater.core.fit import FitSettings, Phase, fit
@@ -32,9 +31,6 @@ from headwater.core.optim import AnyOptim, OptimChoice, SgdSpec
 from headwater.core.order import VirtualIndex
 from headwater.core.rng import derive_seed, torch_generator
 from headwater.modalities.features import ArrayEncoder, Encoder
-from headwater.modalities.models import load_encoder
-from headwater.modalities.text.labelled import ends_at_unit_length, open_encoder
-from headwater.modalities.vision.labelled import open_image_encoder
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -82,8 +78,7 @@ class FinetuningLearner:
     def observe(self, task: TaskData, run: Run) -> None:
         """Add outputs for the new classes; train."""
         if norms := batch_norms(self.encoder):
-            warn_once(
-                run,
+            run.warn(
                 "batch_norm",
                 f"{len(norms)} batch normalisations (first: {norms[0]}) keep their running statistics while the "
                 "encoder is trained; statistics of one task would not suit the others.",
@@ -94,8 +89,7 @@ class FinetuningLearner:
         run.cost["trainable"] = sum(parameter.numel() for parameter in trained)
         _drop_checkpoints(run, task.index - 1)
         if competing.sum() < 2:
-            warn_once(
-                run,
+            run.warn(
                 "one_class",
                 f"only one class competes in the loss on task {task.index}, which leaves cross-entropy nothing to "
                 "learn; the task is passed over. Give each task two or more (`increment`).",
@@ -235,15 +229,3 @@ class FinetuningRecipe(ContinualRecipe):
             fit=self.fit,
             seed=self.seed,
         )
-
-    def encoder(self, info: StreamInfo) -> Encoder | ArrayEncoder:
-        """The recipe's model and what prepares its inputs; arrays are taken for the model's own tensors."""
-        modality, processor = self.stream.modality, None
-        if info.input_shape != ():
-            model = load_encoder(self.model)
-        elif modality == "image":
-            model, processor = open_image_encoder(self.model)
-        else:
-            model, processor = open_encoder(self.model)
-        unit = modality == "text" and ends_at_unit_length(model)  # as the references that stand on features have it
-        return Encoder(model, processor, modality, max_length=self.max_tokens, normalize=unit)

@@ -46,9 +46,6 @@ from headwater.core.optim import OptimSpec
 from headwater.core.order import VirtualIndex
 from headwater.core.rng import derive_seed, torch_generator
 from headwater.modalities.features import ArrayEncoder, Encoder
-from headwater.modalities.models import load_encoder
-from headwater.modalities.text.labelled import ends_at_unit_length, open_encoder
-from headwater.modalities.vision.labelled import open_image_encoder
 
 if TYPE_CHECKING:
     from headwater.core.run import Run
@@ -139,9 +136,9 @@ class LAELearner:
         """Train on the task: at first the head alone, then the modules with it; the copy follows."""
         self._kept.clear()
         if len(task.classes) < 2:
-            _warn(run, "one_class", "a task of one class leaves cross-entropy over its own classes nothing to learn.")
+            run.warn("one_class", "a task of one class leaves cross-entropy over its own classes nothing to learn.")
         if not self.tasks and (norms := batch_norms(self.encoder)):
-            _warn(run, "batch_norm", f"{len(norms)} batch normalisations (first: {norms[0]}) keep their statistics.")
+            run.warn("batch_norm", f"{len(norms)} batch normalisations (first: {norms[0]}) keep their statistics.")
         head = self._grown(task)
         rows = self.epochs * len(task.train)
         still = int(self.freeze * rows) if self.tasks else 0
@@ -186,8 +183,7 @@ class LAELearner:
         half_life = math.log(0.5) / math.log(decay) / steps if 0 < decay < 1 else math.inf if decay else 0.0
         run.notes["offline"] = f"decay {decay:.6g} per step, half-life {half_life:.3g} tasks of {steps} steps"
         if (1 - decay) * steps < _STILL:
-            _warn(
-                run,
+            run.warn(
                 "offline",
                 f"the offline copy will not move: decay {decay:.6g} leaves it where it is in the {steps} steps of a "
                 "task. Give a half-life in tasks, decay 'task:1' for example.",
@@ -328,12 +324,6 @@ class LAELearner:
         write_card(directory, self.encoder, kind=self.sets.kind, ensemble=self.ensemble, two=self.offline is not None)
 
 
-def _warn(run: Run, name: str, words: str) -> None:
-    if f"warning/{name}" not in run.notes:
-        run.logger.warning(words)
-    run.notes[f"warning/{name}"] = words
-
-
 class LAE(ContinualRecipe):
     """Recipe: an online module, an offline copy, and the surer of the two."""
 
@@ -374,16 +364,3 @@ class LAE(ContinualRecipe):
             fit=self.fit,
             seed=self.seed,
         )
-
-    def encoder(self, info: StreamInfo) -> Encoder | ArrayEncoder:
-        """The recipe's model and what prepares its inputs; arrays are taken for the model's own tensors."""
-        modality, processor = self.stream.modality, None
-        if info.input_shape != ():
-            model = load_encoder(self.model)
-        elif modality == "image":
-            model, processor = open_image_encoder(self.model)
-        else:
-            model, processor = open_encoder(self.model)
-        # As `encode_texts` does for the references, so that they see the same features.
-        unit = modality == "text" and ends_at_unit_length(model)
-        return Encoder(model, processor, modality, max_length=self.max_tokens, normalize=unit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from headwater.continual.streams import Samples
 from headwater.core.objective import Loss
 from headwater.core.order import VirtualIndex
 
-if TYPE_CHECKING:
-    from headwater.core.run import Run
-
 __all__ = [
     "InputEncoder",
     "TaskBatches",
@@ -28,7 +25,6 @@ __all__ = [
     "batch_norms",
     "digest_of_inputs",
     "features_of",
-    "warn_once",
 ]
 
 
@@ -164,10 +160,3 @@ def features_of(
     encoder.eval()  # at every call: dropout that someone switched on would make features random
     pieces = range(0, len(inputs), batch_size)
     return torch.cat([encoder(encoder.prepare(inputs[begin : begin + batch_size])) for begin in pieces])
-
-
-def warn_once(run: Run, name: str, words: str) -> None:
-    """Keep a warning in the run's notes as ``warning/name``, and say it the first time."""
-    if f"warning/{name}" not in run.notes:
-        run.logger.warning(words)
-    run.notes[f"warning/{name}"] = words

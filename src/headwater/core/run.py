@@ -173,6 +173,12 @@ class Run:
         with (self._home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
+    def warn(self, topic: str, message: str) -> None:
+        """Keep a warning with the result, as the note ``warning/topic``, and log the first one of each topic."""
+        if f"warning/{topic}" not in self.notes:
+            self.logger.warning(message)
+        self.notes[f"warning/{topic}"] = message
+
     def write_json(self, name: str, data: Any) -> Path:  # Any: JSON data
         """Write ``data`` atomically as pretty JSON under the run directory."""
         path = self.path(name)

@@ -286,8 +286,7 @@ class Adaptation:
 
     def warn(self, topic: str, message: str) -> None:
         """Log a warning and keep it with the result."""
-        logger.warning(message)
-        self.run.notes[f"warning/{topic}"] = message
+        self.run.warn(topic, message)
 
     def data_metrics(self) -> dict[str, float]:
         """Facts about the data, under ``data/``."""

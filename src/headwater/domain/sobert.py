@@ -63,7 +63,9 @@ __all__ = [
 ]
 
 _TAG = re.compile(r"</?(?:p|pre|code|a|ul|li|blockquote|div|br|strong|em|h[1-6])\b[^>]*>", re.IGNORECASE)
+_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 TAGGED = 0.01
+DROPPED = 0.2
 MEASURED_CHARS = 40_000
 
 
@@ -77,16 +79,18 @@ class ThreadSpec(Spec):
     separator: str = Field(default="\n\n", max_length=20, description="between posts")
 
 
-def lengthen_positions(config: Any, seq_len: int) -> Any:  # Any: a configuration of transformers
-    """A copy of a model's configuration for at least ``seq_len`` tokens; its position embeddings are then new.
+def _first_position(config: Any) -> int:  # Any: a configuration of transformers
+    """The position of a row's first token: RoBERTa and its like count from the padding id on."""
+    text = config.get_text_config()
+    return int(text.pad_token_id) + 1 if text.model_type in _FROM_PADDING else 0
 
-    RoBERTa and its like count positions from the padding id on, and get as many more.
-    """
+
+def lengthen_positions(config: Any, seq_len: int) -> Any:  # Any: a configuration of transformers
+    """A copy of a model's configuration for at least ``seq_len`` tokens; its position embeddings are then new."""
     longer = copy.deepcopy(config)
     text = longer.get_text_config()
-    offset = text.pad_token_id + 1 if text.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     if getattr(text, "max_position_embeddings", None) is not None:
-        text.max_position_embeddings = max(text.max_position_embeddings, seq_len + offset)
+        text.max_position_embeddings = max(text.max_position_embeddings, seq_len + _first_position(config))
     return longer
 
 
@@ -100,13 +104,9 @@ class AlignedObjective:
         """Batch: ``input_ids``, ``labels``, ``document_ids`` and ``position_ids`` ``(batch, time)``."""
         inner = cast(PreTrainedModel, getattr(model, "module", model))  # module: under DDP
         mask = attention_mask_for(inner, "bidirectional", document_ids=batch["document_ids"])
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch["labels"]}
-        offset = lengthen_positions(inner.config, 0).get_text_config()
-        if offset.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-            positions = batch["position_ids"] + offset.pad_token_id + 1
-        else:
-            positions = batch["position_ids"]
-        return TokenObjective()(model, {**inputs, "position_ids": positions})
+        positions = batch["position_ids"] + _first_position(inner.config)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions}
+        return TokenObjective()(model, {**inputs, "labels": batch["labels"]})
 
 
 def aligned_stream(
@@ -203,6 +203,13 @@ class Sobert(FromScratch):
                 separator=self.threads.separator,
                 code=self.code,
             )
+        if len(found.dropped) > DROPPED * len(posts):
+            message = (
+                f"{len(found.dropped)} of {len(posts)} posts did not fit beside better ones in {self.context} tokens "
+                "and were dropped; raise context to read them"
+            )
+            run.logger.warning(message)
+            run.notes["warning/dropped"] = message
         about = {
             "threads": len(found.documents),
             "posts": len(posts),

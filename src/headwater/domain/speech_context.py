@@ -194,8 +194,7 @@ class SpeechContext:
 
     def warn(self, topic: str, message: str) -> None:
         """Log a warning and keep it with the result."""
-        logger.warning(message)
-        self.run.notes[f"warning/{topic}"] = message
+        self.run.warn(topic, message)
 
     # -- models
 
