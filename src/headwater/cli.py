@@ -326,7 +326,36 @@ def _verdict_text(verdict: dict[str, Any]) -> str:  # Any: JSON data
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="Directory of a run, comparison or claim.")]) -> None:
+def curate(
+    curation: Annotated[Path, typer.Argument(metavar="CURATION.yaml", help="Sources and steps.")],
+    out: Out,
+    overrides: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make again what other settings left there, instead of refusing.")
+    ] = False,
+) -> None:
+    """Clean a corpus by steps that you name; show what was removed and why.
+
+    Run again, it goes on where it stopped. `kept/` opens in `datasets`, datatrove and here.
+    """
+    _refuse_launched()
+    from headwater.core.recipe import apply_overrides, validate
+    from headwater.core.report import write_report
+    from headwater.core.yamlio import read_yaml
+    from headwater.corpora.curation import Curation
+
+    chosen = validate(Curation, apply_overrides(read_yaml(curation), overrides or []), where=str(curation))
+    with _logging():
+        for name, done in chosen.run_all(out, overwrite=overwrite).items():
+            first, last = done.steps[0], done.steps[-1]
+            typer.echo(f"{name}: {last.docs_out:,} of {first.docs_in:,} documents kept in {out / name / 'kept'}")
+    typer.echo(f"Report: {write_report(out)}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What a command wrote to.")],
+) -> None:
     """Write an HTML page that anyone can open."""
     from headwater.core.report import write_report
 

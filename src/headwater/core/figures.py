@@ -24,6 +24,7 @@ __all__ = [
     "Point",
     "front_svg",
     "heat_map_svg",
+    "histogram_svg",
     "in_view",
     "printable",
     "short_count",
@@ -280,6 +281,28 @@ def heat_map_svg(
         axes.set_yticks(range(len(rows)), [printable(r) for r in rows])
         axes.set_title(f"{_title(axis)}  ({axis.better} is better)", fontsize=9, color=_INK)
         return _svg(figure, name, f"{axis.label}: {len(rows)} rows, {len(columns)} columns")
+
+
+def histogram_svg(values: Sequence[float], title: str, name: str) -> Markup:
+    """How often a score takes which value.
+
+    Args:
+        values: at least one, finite.
+        title: what they are.
+        name: short, unique in the page.
+    """
+    with _style():
+        figure, axes = _canvas(5.4, 1.9)
+        axes.hist(values, bins=50, color=_LINES[0], alpha=0.8)
+        axes.set_title(printable(title), fontsize=9, color=_INK)
+        axes.set_ylabel("documents")
+        ordered = sorted(values)
+        middle = ordered[len(ordered) // 2]
+        return _svg(
+            figure,
+            name,
+            f"{title}: {len(values)} documents, from {ordered[0]:.3g} to {ordered[-1]:.3g}, half below {middle:.3g}",
+        )
 
 
 def standalone(figure: Markup) -> str:

@@ -1,4 +1,4 @@
-"""Reports: one HTML file of a comparison, a run or a claim that anyone can open.
+"""Reports: one HTML file of a comparison, a run, a claim or a curation that anyone can open.
 
 Nothing in it is fetched and nothing in it runs: a Content-Security-Policy forbids both. All text is escaped; text from
 the user's data appears only where a run was asked for samples.
@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from headwater.core.cache import atomic_write_text
 from headwater.core.family import Axis
-from headwater.core.figures import Point, front_svg, in_view, printable, short_count, trajectory_svg
+from headwater.core.figures import Point, front_svg, histogram_svg, in_view, printable, short_count, trajectory_svg
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,22 +40,24 @@ _COSTS = {
 
 
 def write_report(directory: Path) -> Path:
-    """Write ``report.html`` into the directory of a comparison, a claim or a run, and return its path.
+    """Write ``report.html`` into the directory of a comparison, a claim, a run or a curation, and return its path.
 
     The same files give the same bytes.
 
     Raises:
-        FileNotFoundError: the directory holds none of ``leaderboard.json``, ``verdict.json`` and ``result.json``.
+        FileNotFoundError: the directory holds none of ``leaderboard.json``, ``verdict.json``, ``result.json`` and
+            ``curated.json``.
     """
-    for name, build in (("leaderboard.json", _comparison), ("verdict.json", _claim), ("result.json", _run)):
+    pages = {"leaderboard.json": _comparison, "verdict.json": _claim, "result.json": _run, "curated.json": _curation}
+    for name, build in pages.items():
         if (directory / name).exists():
             html = build(directory, _read(directory / name))
             path = directory / "report.html"
             atomic_write_text(path, html)
             return path
     raise FileNotFoundError(
-        f"{directory} holds no leaderboard.json, verdict.json or result.json: nothing there has finished, or it is the "
-        "directory of no comparison, claim or run."
+        f"{directory} holds no {', '.join(pages)}: nothing there has finished, or no command that makes "
+        "reports wrote to it."
     )
 
 
@@ -127,6 +129,23 @@ def _run(directory: Path, result: Data) -> str:
         recipe=recipe,
         commands=[f"headwater run {where}/recipe.yaml --out {where}-again"],
         environment=_read(directory / "environment.json") if (directory / "environment.json").exists() else {},
+    )
+
+
+def _curation(directory: Path, curated: Data) -> str:
+    sources = []
+    for number, (name, steps) in enumerate(curated["sources"].items()):
+        scored = [(place, step) for place, step in enumerate(steps) if step["scores"]]
+        histograms = [(s["name"], histogram_svg(s["scores"], s["name"], f"h{number}-{place}")) for place, s in scored]
+        sources.append({"name": name, "steps": steps, "histograms": histograms})
+    where = shlex.quote(directory.resolve().name)
+    return _render(
+        "curation.html.j2",
+        title=f"Curation of {', '.join(curated['sources'])}",
+        sources=sources,
+        recipe=_text(directory / "curation.yaml"),
+        commands=[f"headwater curate {where}/curation.yaml --out {where}", f"headwater report {where}"],
+        environment={},
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwater.core.recipe import CorpusRef
 from headwater.core.rng import derive_seed
 from headwater.modalities.models import ModelError, is_quantised
-from headwater.modalities.text.docs import CorpusError, Document
+from headwater.modalities.text.docs import CorpusError, Document, drop_overlap
 from headwater.modalities.text.document_store import DocumentStore, stored_corpus
 from headwater.modalities.text.fresh import open_fresh
 from headwater.modalities.text.prepared import Readable, drop_repeats, held_out_sample, split_corpus, split_shares
@@ -39,6 +40,7 @@ class CorpusContext:
         model: to be trained.
         run: the open run directory.
         dropped: training documents that repeated a held-out one.
+        apart: positions of those documents that repeat no held-out one.
     """
 
     recipe: CorpusRecipe
@@ -47,6 +49,7 @@ class CorpusContext:
     model: PreTrainedModel
     run: Run
     dropped: int
+    apart: Callable[[Sequence[Document]], list[int]]
 
     @classmethod
     def open(cls, recipe: CorpusRecipe, run: Run) -> tuple[CorpusContext, dict[str, list[Document]]]:
@@ -94,7 +97,30 @@ class CorpusContext:
         if limit is not None and recipe.seq_len > limit:
             raise ModelError(f"seq_len is {recipe.seq_len} but the model has {limit} positions; lower it")
         sources = {name: split.readable for name, split in splits.items()}
-        return cls(recipe, sources, tokenizer, model, run, dropped), tests
+        unseen = [document for part in tests.values() for document in part]
+
+        def apart(documents: Sequence[Document]) -> list[int]:
+            numbered = [Document(str(place), document.text) for place, document in enumerate(documents)]
+            return [int(document.id) for document in drop_overlap(numbered, unseen).kept]
+
+        return cls(recipe, sources, tokenizer, model, run, dropped, apart), tests
+
+    def read(self, ref: CorpusRef, role: str) -> DocumentStore:
+        """Further texts that a method learns from; those that repeat a held-out document are left out.
+
+        Raises:
+            CorpusError: nothing there, or nothing but repeats.
+        """
+        documents = stored_corpus(ref, role=role)
+        self.run.record_data(role, documents.fingerprint)
+        kept = self.apart(documents)
+        if not kept:
+            raise CorpusError(f"{role}: all {len(documents)} documents repeat held-out ones; give others.")
+        if len(kept) < len(documents):
+            self.warn(
+                role, f"{len(documents) - len(kept)} of {len(documents)} documents of {role} repeat held-out text"
+            )
+        return documents.select(kept)
 
     @property
     def room(self) -> int | None:

@@ -67,6 +67,11 @@ class DocumentStore(Sequence[Document]):
         """The documents at these positions of this sequence, without reading them."""
         return DocumentStore(self.path, self._indices[np.asarray(positions, dtype=np.int64)])
 
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Which documents of the file these are, ``(documents,)``."""
+        return self._indices
+
     def ids(self) -> list[str]:
         """The documents' ids, without their texts."""
         found: list[str] = self._table.column("id").take(pa.array(self._indices)).to_pylist()
