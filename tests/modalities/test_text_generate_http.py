@@ -415,7 +415,9 @@ def test_property_what_was_under_way_when_the_server_refuses_is_kept(serve: Serv
 
 def test_property_stopping_to_read_ends_the_waits(serve: Serve) -> None:
     server = serve(
-        lambda body, before: echo(body, before) if body["messages"][0]["content"] == "0" else Answer("", 500)
+        lambda body, before: (
+            echo(body, before) if body["messages"][0]["content"] == "0" else Answer("", 500, {"Retry-After": "500"})
+        )
     )
     generator = Retrying(HTTPGenerator(server.url, "m", None, concurrency=2), 20)
     replies = generator.generate(ask(str(min(number, 1))) for number in itertools.count())
@@ -454,19 +456,23 @@ def test_property_a_slow_request_does_not_hold_up_the_others() -> None:
 
 
 def test_property_nothing_begins_a_window_past_the_oldest() -> None:
+    released = threading.Event()
     begun: list[int] = []
-    ahead = threading.Event()
 
-    def complete(request: Request) -> Reply:
-        begun.append(int(request.messages[0].content))
-        if len(begun) == 8:
-            ahead.set()
-        if begun[0] == 0 and request.messages[0].content == "0":
-            assert ahead.wait(20)
-            assert max(begun) == 7
+    def complete(request: Request, _: threading.Event) -> Reply:
+        assert request.messages[0].content != "0" or released.wait(20)
         return Reply("", "stop", 0, 0, None, False, "m")
 
-    assert sorted(plain(complete, 30, concurrency=3, window=8)) == list(range(30))
+    def requests() -> Iterator[Request]:
+        for number in range(30):
+            begun.append(number)
+            yield ask(str(number))
+
+    flow = sliding_window(complete, requests(), concurrency=3, window=8)
+    first = [next(flow) for _ in range(7)]  # free slots are filled before a reply is given
+    assert len(begun) == 8
+    released.set()
+    assert sorted(done[0] for done in [*first, *flow] if done is not None) == list(range(30))
 
 
 def test_property_every_slot_is_used_and_no_more() -> None:

@@ -226,8 +226,7 @@ def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) ->
     if bool((top_p < 1).any()):
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        # A row that draws from all is not cut where rounding makes the sum reach 1 early.
-        outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+        outside = before >= top_p[:, None]
         probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]

@@ -94,9 +94,6 @@ def _answers(
         while True:
             if again:
                 question = again.popleft()
-            elif begun - given >= 2 * generator.window:
-                yield None  # what is given out of turn waits in memory
-                continue
             elif (request := next(requests, None)) is not None:
                 question = _Open(begun, replace(request, schema=schema))
                 begun += 1
