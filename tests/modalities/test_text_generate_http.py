@@ -422,6 +422,9 @@ def test_property_stopping_to_read_ends_the_waits(serve: Serve) -> None:
     generator = Retrying(HTTPGenerator(server.url, "m", None, concurrency=2), 20)
     replies = generator.generate(ask(str(min(number, 1))) for number in itertools.count())
     assert next(replies).text == "re: 0"
+    while len(server.bodies) < 2:
+        time.sleep(0.01)
+    time.sleep(0.3)  # for the other request to begin its wait of 500 s
     replies.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 20
     while any(thread.name.startswith("headwater-generate") for thread in threading.enumerate()):
