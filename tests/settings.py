@@ -230,6 +230,7 @@ FAMILIES: dict[str, Setting] = {
 
 
 METHODS: dict[str, Setting] = {
+    "imported": Setting(fixture="imported_fields", opens=opens_as_json, unseeded=("imported",)),
     "finetuning": Setting(fixture="tuned_fields", opens=opens_as_the_class_its_readme_names),
     "pego": Setting(
         fixture="tuned_fields",
