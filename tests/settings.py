@@ -174,7 +174,10 @@ FAMILIES: dict[str, Setting] = {
     "corpora": Setting(
         fixture="corpora_fields",
         opens=opens_as_language_model,
-        extra={"meco": {"metadata_field": "source", "conditional_evals": ["s1"]}},
+        extra={
+            "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
+            "arithmetic": {"digits": 2, "n_train": 400, "test_size": 40, "valid_size": 20},
+        },
     ),
     "domain": Setting(
         fixture="domain_fields",
