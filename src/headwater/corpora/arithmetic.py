@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -39,13 +38,13 @@ from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef
 from headwater.core.rng import numpy_generator
 from headwater.corpora.arithmetic_formats import MAX_DIGITS, ArithmeticFormat, Operation, Style, styles_of
-from headwater.corpora.arithmetic_pairs import (
-    balanced_pairs,
-    carries,
-    complement,
-    lengths,
-    num_pairs,
-    rank2_complete,
+from headwater.corpora.arithmetic_pairs import balanced_pairs, complement, num_pairs, rank2_complete
+from headwater.corpora.arithmetic_scores import (
+    check_tokenizer,
+    completions,
+    confusion_by_column,
+    judged,
+    score_arithmetic,
 )
 from headwater.corpora.base import CorpusRecipe, TableName
 from headwater.corpora.context import CorpusContext
@@ -54,7 +53,7 @@ from headwater.modalities.models import ModelError
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.examples import Formatter, PlainFormatter
 from headwater.modalities.text.instruct import AnswerFormatter, answered
-from headwater.modalities.text.pairs import PairModel, Pairs
+from headwater.modalities.text.pairs import Pairs
 from headwater.modalities.text.tokenizers import character_tokenizer as char_tokenizer
 
 __all__ = [
@@ -74,25 +73,6 @@ __all__ = [
 
 SAMPLED = 200
 """Problems by which the length of each style is told."""
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, fmt: ArithmeticFormat) -> None:
-    """Refuse a tokenizer that has no token for a character, or merges digits.
-
-    Raises:
-        ModelError: says which, and how 128 is split.
-    """
-    numbers = [f"{number:03d}" for number in range(1000)]
-    shown = [" ".join(number) for number in numbers] if fmt.spaced else numbers
-    ids = tokenizer(shown, add_special_tokens=False)["input_ids"]
-    if any(len(row) < 3 for row in ids):
-        raise ModelError(
-            f"the tokenizer merges digits: {shown[128]!r} is {tokenizer.convert_ids_to_tokens(ids[128])}. Set "
-            "spaced: true, or take a tokenizer of characters."
-        )
-    unknown = [c for c in fmt.alphabet if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"]]
-    if tokenizer.unk_token_id is not None and unknown:
-        raise ModelError(f"the tokenizer has no token for {unknown[0]!r}, which {fmt.style} problems of {fmt.op} have.")
 
 
 class ArithmeticData(IterableDataset[dict[str, Tensor]]):
@@ -141,98 +121,6 @@ class ArithmeticData(IterableDataset[dict[str, Tensor]]):
             rest, epoch = tokens[whole:], epoch + 1
 
 
-def completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    fmt: ArithmeticFormat,
-    pairs: ArrayLike,
-    *,
-    before: Sequence[str] | None = None,
-    batch_size: int = 256,
-) -> list[str]:
-    """What the model writes after each prompt, greedily, with a cache; prompts of one length share a batch.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its own.
-        fmt: how problems are written.
-        pairs: ``(n, 2)``.
-        before: examples to put before each prompt.
-        batch_size: prompts together.
-    """
-    prompts, right = fmt.prompts(pairs), fmt.answers(pairs)
-    if not prompts:
-        return []
-    longest = max(len(ids) for ids in tokenizer(right, add_special_tokens=False)["input_ids"])
-    sources = prompts if before is None else [a + b for a, b in zip(before, prompts, strict=True)]
-    limit = max(len(ids) for ids in tokenizer(sources, add_special_tokens=False)["input_ids"]) + 1
-    reader = PairModel(model, tokenizer, "causal", limit, longest + 1, join="")  # and one that ends the answer
-    return reader.answers(sources, batch_size=batch_size)
-
-
-def judged(fmt: ArithmeticFormat, pairs: ArrayLike, written: Sequence[str]) -> dict[str, float]:
-    """How many completions hold the right answer.
-
-    Args:
-        fmt: how problems are written.
-        pairs: ``(n, 2)``, n above 0.
-        written: ``(n,)``, what the model wrote after the prompts.
-
-    Returns:
-        ``accuracy``; ``invalid``, the share that cannot be read as an answer in this style; and the accuracy of each
-        number of carries and length that there is, ``carries/1``, ``digits/3``. All in [0, 1].
-    """
-    rows = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    read = [fmt.parse(text) for text in written]
-    right = np.array([answer == fmt.parse(own) for answer, own in zip(read, fmt.answers(rows), strict=True)])
-    found = {"accuracy": float(right.mean()), "invalid": float(np.mean([answer is None for answer in read]))}
-    for name, labels in (("carries", carries(fmt.op, rows)), ("digits", lengths(fmt.op, rows))):
-        if len(kinds := np.unique(labels)) > 1:
-            found |= {f"{name}/{kind}": float(right[labels == kind].mean()) for kind in kinds.tolist()}
-    return found
-
-
-def score_arithmetic(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    fmt: ArithmeticFormat,
-    pairs: ArrayLike,
-    *,
-    before: Sequence[str] | None = None,
-    batch_size: int = 256,
-) -> dict[str, float]:
-    """``judged`` of the model's ``completions``.
-
-    Raises:
-        ValueError: there is no pair.
-    """
-    if not len(np.asarray(pairs)):
-        raise ValueError("there is no pair to score.")
-    return judged(fmt, pairs, completions(model, tokenizer, fmt, pairs, before=before, batch_size=batch_size))
-
-
-def confusion_by_column(
-    fmt: ArithmeticFormat, pairs: ArrayLike, written: Sequence[str]
-) -> dict[tuple[int, str, str], int]:
-    """How often a digit was written for another: (column from the right, right digit, written digit) -> count.
-
-    Columns that one of the two numbers lacks have "" there; answers that cannot be read are left out.
-    """
-    found: Counter[tuple[int, str, str]] = Counter()
-    for text, own in zip(written, fmt.answers(pairs), strict=True):
-        read, right = fmt.parse(text), fmt.parse(own)
-        if read is None or right is None:
-            continue
-        # Decimals are compared at their last digit, as integers are.
-        shown = [
-            f"{abs(v):.{fmt.digits}f}"[::-1].replace(".", "") if isinstance(v, float) else str(abs(v))[::-1]
-            for v in (right, read)
-        ]
-        for column in range(max(map(len, shown))):
-            found[column, shown[0][column : column + 1], shown[1][column : column + 1]] += 1
-    return dict(found)
-
-
 class _Splits(NamedTuple):
     """Problems to learn from, held out, and for choosing, each ``(n, 2)``; no two are the same."""
 
@@ -258,7 +146,7 @@ class Arithmetic(CorpusRecipe):
     digits: int = Field(default=3, ge=1, le=MAX_DIGITS, description="of the longest operands; decimals of sin and sqrt")
     wrap: str | None = Field(default=None, description="stands around a line; null for $, and nothing around plain")
     spaced: bool = Field(default=False, description="a space between digits, for tokenizers that merge them")
-    n_train: int = Field(default=10_000, gt=0, description="different problems to learn from")
+    n_train: int = Field(default=10_000, ge=2, description="different problems to learn from")
     balanced: bool = Field(
         default=True, description="short operands as numbers have them and all numbers of carries alike; else uniform"
     )
@@ -303,7 +191,7 @@ class Arithmetic(CorpusRecipe):
         check_tokenizer(ctx.tokenizer, self.form)
         train, valid = self._splits.train, self._splits.valid
         problems = self._problems(train, "train")
-        self._check_lengths(ctx, problems)
+        self._check_lengths(ctx)
         documents = [
             answered(f"{x},{y}", prompt, answer, join="")
             for (x, y), prompt, answer in zip(train.tolist(), problems.sources, problems.targets, strict=True)
@@ -359,10 +247,12 @@ class Arithmetic(CorpusRecipe):
 
     def _before(self, pairs: NDArray[np.int64], name: str) -> list[str]:
         """Worked problems of the training set to stand before each of ``pairs``, which is never among them."""
+        if not self.shots:
+            return [""] * len(pairs)
         train = self._splits.train
         rng = numpy_generator(self.seed, "shots", name)
         # Counted from the problem's own place, so that a training problem does not stand before itself.
-        places = np.arange(len(pairs))[:, None] + rng.integers(1, max(2, len(train)), (len(pairs), self.shots))
+        places = np.arange(len(pairs))[:, None] + rng.integers(1, len(train), (len(pairs), self.shots))
         worked = self.form.render_many(train)
         return ["".join(worked[place] for place in row) for row in (places % len(train)).tolist()]
 
@@ -370,11 +260,13 @@ class Arithmetic(CorpusRecipe):
         sides = zip(self._before(pairs, name), self.form.prompts(pairs), strict=True)
         return Pairs([before + prompt for before, prompt in sides], self.form.answers(pairs))
 
-    def _check_lengths(self, ctx: CorpusContext, problems: Pairs) -> None:
+    def _check_lengths(self, ctx: CorpusContext) -> None:
         def tokens(texts: Sequence[str]) -> NDArray[np.int64]:
             return np.array([len(ids) for ids in ctx.tokenizer(list(texts), add_special_tokens=False)["input_ids"]])
 
-        prompts, answers = tokens(problems.sources) + 1, tokens(problems.targets) + 1  # the start token, and EOS
+        sides = [self._problems(pairs, name) for name, pairs in self._splits._asdict().items()]
+        prompts = 1 + np.concatenate([tokens(side.sources) for side in sides])  # the start token
+        answers = 1 + np.concatenate([tokens(side.targets) for side in sides])  # EOS
         if answers.max() > self.max_answer:
             raise ModelError(f"answers have up to {answers.max()} tokens; raise max_answer, now {self.max_answer}")
         if prompts.max() + self.max_answer > self.seq_len or (prompts + answers).max() > self.seq_len:

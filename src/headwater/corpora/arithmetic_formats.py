@@ -97,7 +97,7 @@ class ArithmeticFormat:
     @property
     def alphabet(self) -> str:
         """Every character that a problem may have, each once."""
-        sample = {"-": (0, 1), "sin": (-1, 0), "sqrt": (10**self.digits, 0)}.get(self.op, (10, 1))
+        sample = {"-": (10, 21), "sin": (-(10**self.digits), 0), "sqrt": (10**self.digits, 0)}.get(self.op, (21, 10))
         return "".join(sorted(set("0123456789" + self.render(*sample))))
 
     @property
