@@ -129,14 +129,21 @@ class ArithmeticFormat:
 
     def prompts(self, pairs: ArrayLike) -> list[str]:
         """``prompt`` of pairs ``(n, 2)``; raises as ``render_many``."""
-        return self._all_spaced([self._opening + shown + self._closing for shown in self._problems(pairs)])
+        rows = self._checked(pairs)
+        if self.op in ("sin", "sqrt"):
+            shown = [f"{self._opening}{self.op}({self._decimal(x)}){self._closing}" for x in rows[:, 0].tolist()]
+            return self._all_spaced(shown)
+        place = f"%0{self.digits}d" if "padded" in self.style else "%d"
+        template = f"{self._opening.replace('%', '%%')}{place}{self.op}{place}{self._closing}"
+        return self._all_spaced([template % (x, y) for x, y in rows.tolist()])
 
     def answers(self, pairs: ArrayLike) -> list[str]:
         """What follows the prompts of pairs ``(n, 2)``, without the last line feed; raises as ``render_many``."""
         rows = self._checked(pairs)
         right = results(self.op, rows, self.digits).tolist()
-        if self.style == "plain" and self.op in ("+", "-", "*") and not self.spaced:
-            return [f"{value}{self._wrapped}" for value in right]
+        if self.style in ("plain", "reverse") and self.op in ("+", "-", "*") and not self.spaced:
+            step, wrap = -1 if self.style == "reverse" else 1, self._wrapped
+            return [f"{str(value)[::step]}{wrap}" for value in right]
         finals = [self._final(value) for value in right]
         if self.style not in _SCRATCHPADS:
             return [final + self._wrapped for final in finals]
@@ -187,14 +194,6 @@ class ArithmeticFormat:
     @property
     def _closing(self) -> str:
         return "\nTarget:\n" if self.style in _SCRATCHPADS else "="
-
-    def _problems(self, pairs: ArrayLike) -> list[str]:
-        rows = self._checked(pairs)
-        if self.op in ("sin", "sqrt"):
-            return [f"{self.op}({self._decimal(x)})" for x in rows[:, 0].tolist()]
-        place = f"%0{self.digits}d" if "padded" in self.style else "%d"
-        template = f"{place}{self.op}{place}"
-        return [template % pair for pair in zip(*rows.T.tolist(), strict=True)] if len(rows) else []
 
     def _checked(self, pairs: ArrayLike) -> NDArray[np.int64]:
         rows = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
