@@ -674,9 +674,9 @@ def test_learns_sums_of_two_digits(tmp_path: Path) -> None:
     size = SIZES["small"]
     model = make_architecture(size.shape, tmp_path / "architecture")
     recipe = Arithmetic(
-        model={"name": str(model)}, digits=2, style="padded_reverse", learn="answer", packing="document", seq_len=ROW,
-        max_answer=5, n_train=4000, test_size=200, valid_size=50, batch_tokens=128 * ROW, budget={"steps": 180},
-        eval_at=(1.0,), optim={"lr": LEARNING_RATES[1], "schedule": "constant", "warmup": 0.0},
+        model={"name": str(model)}, digits=2, style="padded", learn="answer", packing="document", seq_len=ROW,
+        max_answer=5, n_train=4000, test_size=200, valid_size=50, batch_tokens=128 * ROW, budget={"steps": 200},
+        eval_at=(1.0,), optim={"lr": LEARNING_RATES[1], "schedule": "constant", "warmup": 0.0, "betas": (0.9, 0.99)},
         fit={"precision": "fp32"},
     )  # fmt: skip
     metrics = execute(recipe, tmp_path / "run").metrics
