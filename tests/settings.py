@@ -177,6 +177,7 @@ FAMILIES: dict[str, Setting] = {
         extra={
             "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
             "curated": {"curation": {"steps": [{"kind": "sample", "rate": 0.8}]}},
+            "arithmetic": {"digits": 2, "n_train": 400, "test_size": 40, "valid_size": 20},
         },
     ),
     "domain": Setting(

@@ -122,7 +122,7 @@ class CorpusRecipe(Recipe):
         seconds = time.monotonic() - begin
         asked = self.asked()
         _no_question_is_read(corpus, asked)
-        evaluation, reader, meter = Evaluation(ctx, tests, asked), Reader(ctx, corpus), Meter()
+        evaluation, reader, meter = Evaluation(ctx, tests, asked, corpus.midway), Reader(ctx, corpus), Meter()
         fit_phases(
             reader.phases(),
             budget=lambda: self.budget,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -46,13 +46,20 @@ class Evaluation:
         ctx: the run's.
         tests: held-out documents by set.
         asked: questions with answers by set; those of ``valid`` are looked at on the way.
+        further: the plan's own figures of the model on its way.
 
     Raises:
         CorpusError: neither documents nor questions to choose by.
     """
 
-    def __init__(self, ctx: CorpusContext, tests: Mapping[str, Sequence[Document]], asked: Mapping[str, Pairs]) -> None:
-        self.ctx, self.tests, self.asked = ctx, tests, asked
+    def __init__(
+        self,
+        ctx: CorpusContext,
+        tests: Mapping[str, Sequence[Document]],
+        asked: Mapping[str, Pairs],
+        further: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.ctx, self.tests, self.asked, self.further = ctx, tests, asked, further
         if both := sorted(set(tests) & set(asked)):
             raise CorpusError(f"{both[0]!r} names held-out documents and questions; rename one of them.")
         if not ctx.sources and "valid" not in asked:
@@ -60,7 +67,7 @@ class Evaluation:
         self.valid = ctx.valid
         cut = [Document(d.id, d.text[:MIDWAY_DOCUMENT_CHARS], d.meta) for d in self.valid]
         self.sub = held_out_sample(cut, MIDWAY_CHARS)
-        self.trajectory: list[tuple[float, float]] = []
+        self.trajectory: dict[str, list[tuple[float, float]]] = {}
         self._tokens_before = 0
 
     def _score(self, model: nn.Module, documents: Sequence[Document], heads: Any = None) -> Scored:  # Any: as below
@@ -69,9 +76,10 @@ class Evaluation:
 
     def midway(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte on the excerpts, or of the answers where there is no text; ``fit`` calls it at ``eval_at``."""
+        further = self.further(cast(PreTrainedModel, model)) if self.further else {}
         if self.sub:
-            return {"valid/bpb": self._score(model, self.sub).bits_per_byte}
-        return {"valid/bpb": float(np.sum(self._answer_bits(model, self.asked["valid"])[0]))}
+            return {"valid/bpb": self._score(model, self.sub).bits_per_byte, **further}
+        return {"valid/bpb": float(np.sum(self._answer_bits(model, self.asked["valid"])[0])), **further}
 
     def _reader(self, model: nn.Module) -> PairModel:
         recipe = self.ctx.recipe
@@ -114,8 +122,10 @@ class Evaluation:
         """Append a phase's trajectory, its tokens counted from the beginning of the run."""
         for point in trained.trajectory:
             tokens = self._tokens_before + point["tokens"]
-            if not self.trajectory or self.trajectory[-1][0] < tokens:  # two points may share a step
-                self.trajectory.append((tokens, point["valid/bpb"]))
+            for name in (name for name in point if name.startswith("valid/")):
+                series = self.trajectory.setdefault(name, [])
+                if not series or series[-1][0] < tokens:  # two points may share a step
+                    series.append((tokens, point[name]))
         self._tokens_before += trained.tokens
 
     def final(self, model: nn.Module, conditions: Mapping[str, Condition], run: Run) -> Metrics:
@@ -139,7 +149,7 @@ class Evaluation:
                 items[f"{place}/bpb"] = {"ids": [d.id for d in documents], "values": values.tolist()}
         run.write_json("items.json", items)
         if self.trajectory:
-            run.write_json("trajectory.json", {"x": "tokens", "series": {"valid/bpb": self.trajectory}})
+            run.write_json("trajectory.json", {"x": "tokens", "series": self.trajectory})
         return metrics
 
 

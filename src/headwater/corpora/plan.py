@@ -62,6 +62,7 @@ class Corpus:
         tables: documents by name.
         conditions: by name, further ways to score held-out text: ``eval/SET/NAME/bpb``.
         watched: validation documents by name, whose losses controllers are told.
+        midway: further figures of the model on its way, taken at ``eval_at`` into the trajectory; named ``valid/...``.
         examine: further figures of the trained model, which the base takes before it saves it.
         usage: how the model must be called, as JSON data, saved as ``model/corpus.json``; none where it is called as
             any other.
@@ -73,6 +74,7 @@ class Corpus:
     tables: Mapping[str, Sequence[Document]]
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     watched: Mapping[str, Sequence[Document]] = field(default_factory=dict)
+    midway: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
     examine: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON data
     readme: str = ""
