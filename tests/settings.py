@@ -174,7 +174,11 @@ FAMILIES: dict[str, Setting] = {
     "corpora": Setting(
         fixture="corpora_fields",
         opens=opens_as_language_model,
-        extra={"meco": {"metadata_field": "source", "conditional_evals": ["s1"]}},
+        extra={
+            "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
+            "stratified": {"skill_field": "source"},
+            "skill_it": {"skill_field": "source", "rounds": 2, "graph": {"steps": 2}},
+        },
     ),
     "domain": Setting(
         fixture="domain_fields",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwater.core.budget import Meter
 from headwater.core.rng import derive_seed
 from headwater.modalities.models import ModelError, is_quantised
 from headwater.modalities.text.docs import CorpusError, Document
@@ -39,6 +40,7 @@ class CorpusContext:
         model: to be trained.
         run: the open run directory.
         dropped: training documents that repeated a held-out one.
+        meter: is charged with all that is trained, throw-away runs included.
     """
 
     recipe: CorpusRecipe
@@ -47,6 +49,7 @@ class CorpusContext:
     model: PreTrainedModel
     run: Run
     dropped: int
+    meter: Meter = field(default_factory=Meter)
 
     @classmethod
     def open(cls, recipe: CorpusRecipe, run: Run) -> tuple[CorpusContext, dict[str, list[Document]]]:
