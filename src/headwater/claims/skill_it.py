@@ -13,6 +13,9 @@ Fixed before the first run, by arithmetic: a document's targets are its answer a
 loss per target is half of what it is per answer, and eta is twice 0.05 for the same exponents; eight rounds of 40
 steps, since six do not divide 320.
 
+What was fixed by looking at short runs on a skill and a pair of skills: input and output embeddings are shared. Where
+they were not, a dependent was learned by heart beside its prerequisite too, and there was no edge to find.
+
 Reported beside: documents as they come, which here are 70 % of the prerequisite, because it has the most documents.
 """
 
@@ -63,6 +66,7 @@ class Size:
         hidden, layers, heads: of the model.
         steps: of each arm.
         graph_steps: of a run on one skill while the graph is learned.
+        held_out: share of the documents that the family keeps for its own figures.
     """
 
     words: int
@@ -73,11 +77,16 @@ class Size:
     heads: int
     steps: int
     graph_steps: int
+    held_out: float
 
 
 SIZES: dict[Scale, Size] = {
-    "smoke": Size(words=300, shown=60, validation=20, hidden=16, layers=1, heads=2, steps=8, graph_steps=2),
-    "small": Size(words=1000, shown=60, validation=200, hidden=64, layers=2, heads=4, steps=320, graph_steps=100),
+    "smoke": Size(
+        words=300, shown=60, validation=20, hidden=16, layers=1, heads=2, steps=8, graph_steps=2, held_out=0.1
+    ),
+    "small": Size(
+        words=1000, shown=60, validation=200, hidden=64, layers=2, heads=4, steps=320, graph_steps=100, held_out=0.03
+    ),
 }
 
 
@@ -127,7 +136,7 @@ def make_world(size: Size, seed: int, directory: Path) -> World:
     model = directory / "architecture"
     tokenizer = word_tokenizer(d["text"] for documents in files.values() for d in documents)
     shape = Shape(hidden=size.hidden, layers=size.layers, heads=size.heads, mlp=172 * size.hidden // 64)
-    tiny_llama(tokenizer, **shape, context=16, tie=False, generator_seed=0).save_pretrained(model)
+    tiny_llama(tokenizer, **shape, context=16, generator_seed=0).save_pretrained(model)
     tokenizer.save_pretrained(model)
     return World(
         directory / "documents.jsonl",
@@ -194,9 +203,7 @@ def _right(model: Path, words: list[str], answers: NDArray[np.str_]) -> NDArray[
 
 def _recipe(size: Size, arm: str, world: World, lr: float, seed: int, graph: Path | dict[str, Any]) -> Recipe:
     fields: dict[str, Any] = {**ARMS[arm]}  # Any: recipe fields
-    if fields["method"] == "raw":
-        fields |= {"questions": {}}
-    else:
+    if fields["method"] != "raw":
         fields |= {"skill_field": "skill"}
     if fields["method"] == "skill_it":
         fields |= {"validation": str(world.validation), "graph": graph if isinstance(graph, dict) else str(graph)}
@@ -205,7 +212,7 @@ def _recipe(size: Size, arm: str, world: World, lr: float, seed: int, graph: Pat
             **fields,
             "model": str(world.model),
             "sources": {"world": str(world.documents)},
-            "held_out": 0.03,
+            "held_out": size.held_out,
             "seq_len": 10,  # two documents of start, skill, word, answer, end
             "batch_tokens": 320,
             "budget": {"tokens": 320 * size.steps},
@@ -225,7 +232,8 @@ def _graph(scale: Scale, directory: Path) -> Path:
     """The graph, learned once per claim on the tuning world."""
     size, trials = SIZES[scale], _trials(scale, directory)
     world = make_world(size, TUNING_SEED, trials)
-    learned = {"steps": size.graph_steps, "mode": "pairwise", "weight": "relative"}
+    mode = "single" if scale == "smoke" else "pairwise"
+    learned = {"steps": size.graph_steps, "mode": mode, "weight": "relative"}
     execute(_recipe(size, "skill-it", world, LEARNING_RATES[1], TUNING_SEED, learned), trials / "graph", resume=True)
     return trials / "graph" / "graph.npz"
 

@@ -19,6 +19,8 @@ On a small world of one prerequisite and three dependents eta 1 gave the prerequ
 of the dependents stay high after it is mastered, and eta 0.2 did nothing. The range of the exponents is looked at in
 every round, and a warning comes above 3. A dense graph with equal edges lost to equal shares there: weigh edges by what
 they gain (``weight: relative``) or raise tau. A graph that is empty or complete promises nothing over equal shares.
+Pairwise reads a pair for twice the steps, so a skill that H steps alone do not finish seems helped by every other:
+raise H until its own loss is flat.
 """
 
 from __future__ import annotations
