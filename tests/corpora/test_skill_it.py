@@ -374,7 +374,7 @@ def test_oracle_stratified_reads_as_much_of_each(fields: Fields, tmp_path: Path)
 
 
 def test_learns_that_a_prerequisite_helps(tmp_path: Path) -> None:
-    """On a small lookup world the graph has an edge into the dependent and none into the prerequisite."""
+    """On a small lookup world the graph has an edge from the prerequisite into its dependent."""
     rng = np.random.default_rng(0)
     classes = rng.integers(3, size=60)
     made = {
