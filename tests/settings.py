@@ -178,6 +178,8 @@ FAMILIES: dict[str, Setting] = {
             "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
             "curated": {"curation": {"steps": [{"kind": "sample", "rate": 0.8}]}},
             "arithmetic": {"digits": 2, "n_train": 400, "test_size": 40, "valid_size": 20},
+            "stratified": {"skill_field": "source"},
+            "skill_it": {"skill_field": "source", "rounds": 2, "graph": {"steps": 2}},
         },
     ),
     "domain": Setting(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from headwater.core.budget import GivenBudget, Meter
+from headwater.core.budget import GivenBudget
 from headwater.core.cache import atomic_write_text
 from headwater.core.family import Axis, Family
 from headwater.core.fit import FitSettings, fit_phases
@@ -122,7 +122,7 @@ class CorpusRecipe(Recipe):
         seconds = time.monotonic() - begin
         asked = self.asked()
         _no_question_is_read(corpus, asked)
-        evaluation, reader, meter = Evaluation(ctx, tests, asked, corpus.midway), Reader(ctx, corpus), Meter()
+        evaluation, reader = Evaluation(ctx, tests, asked, corpus.midway), Reader(ctx, corpus)
         fit_phases(
             reader.phases(),
             budget=lambda: self.budget,
@@ -132,7 +132,7 @@ class CorpusRecipe(Recipe):
             settings=self.fit,
             evaluate=evaluation.midway,
             eval_at=self.eval_at,
-            meter=meter,
+            meter=ctx.meter,
             log=run.log,
             ended=evaluation.add_trajectory,
         )
@@ -143,7 +143,7 @@ class CorpusRecipe(Recipe):
         if corpus.examine is not None:
             metrics |= corpus.examine(ctx.model)
         _save(self, ctx, corpus, reader)
-        run.cost = meter.cost.to_dict()
+        run.cost = ctx.meter.cost.to_dict()
         return metrics
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headwater.core.budget import Meter
 from headwater.core.recipe import CorpusRef
 from headwater.core.rng import derive_seed
 from headwater.modalities.models import ModelError, is_quantised
@@ -42,6 +43,7 @@ class CorpusContext:
         run: the open run directory.
         dropped: training documents that repeated a held-out one.
         apart: positions of those documents that repeat no held-out one.
+        meter: is charged with all that is trained, throw-away runs included.
     """
 
     recipe: CorpusRecipe
@@ -51,6 +53,7 @@ class CorpusContext:
     run: Run
     dropped: int
     apart: Callable[[Sequence[Document]], list[int]]
+    meter: Meter = field(default_factory=Meter)
 
     @classmethod
     def open(cls, recipe: CorpusRecipe, run: Run) -> tuple[CorpusContext, dict[str, list[Document]]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from headwater.core.fit import Phase, Trained
 from headwater.core.objective import Objective
@@ -22,7 +24,7 @@ from headwater.modalities.text.examples import Formatter, PackedExamples, PlainF
 from headwater.modalities.text.objectives import CausalObjective, PackedObjective
 from headwater.modalities.text.packing import IGNORED, MixedStream, PackedBlocks, Rows
 
-__all__ = ["Reader", "Weighing"]
+__all__ = ["Reader", "Weighing", "target_losses", "watcher"]
 
 COUNTED_ROWS = 4096
 """Rows that are looked at together when targets are counted; bounds memory."""
@@ -80,26 +82,19 @@ class Reader:
                     reading.name,
                     self.ctx.model,
                     stream,
-                    self._objective,
+                    _objective(self.ctx),
                     reading.share,
                     schedule_span=min(reading.share, 1 - start),
                     schedule_start=start,
                     continues=before,
                 )
             else:
-                phase = Phase(reading.name, self.ctx.model, stream, self._objective, reading.share, reading.optim)
+                phase = Phase(reading.name, self.ctx.model, stream, _objective(self.ctx), reading.share, reading.optim)
             trained = yield phase
             for table, count in zip(tables, stream.given(trained.tokens // stream.tokens_per_row), strict=True):
                 table.read += int(count)
             before = phase if reading.optim is None else None
             start = min(1.0, start + reading.share)
-
-    @property
-    def _objective(self) -> Objective:
-        packing = self.ctx.recipe.packing
-        if packing == "concat":
-            return cast(Objective, CausalObjective())
-        return cast(Objective, PackedObjective(restart_positions=packing == "document"))
 
     def _weights(self, reading: Reading, tables: list[_Table]) -> Sequence[float]:
         if reading.weights is None:
@@ -115,26 +110,10 @@ class Reader:
         self.weighings.append(Weighing(reading.name, losses, dict(zip(reading.tables, shares, strict=True))))
         return shares
 
-    @torch.no_grad()
     def _losses(self, reading: Reading) -> dict[str, float]:
         """Nats per target of the watched documents, in the form in which this phase reads."""
         formatter = reading.format or PlainFormatter(self.ctx.tokenizer)
-        objective, model, found = self._objective, self.ctx.model, {}
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
-        for name, documents in self.corpus.watched.items():
-            rows, total, count = self._packed(documents, formatter), 0.0, 0.0
-            for begin in range(0, len(rows), WATCHED_ROWS):
-                items = np.arange(begin, min(begin + WATCHED_ROWS, len(rows)))
-                batch = {
-                    key: torch.from_numpy(np.asarray(value)).to(device) for key, value in rows.columns(items).items()
-                }
-                loss = objective(model, batch)
-                total, count = total + float(loss.total), count + float(loss.count)
-            found[name] = total / count
-        model.train(was_training)
-        return found
+        return watcher(self.ctx, self.corpus.watched, formatter)(self.ctx.model)
 
     def _stream(self, weights: Sequence[float], tables: list[_Table]) -> MixedStream:
         parts = [(table.rows, weight) for table, weight in zip(tables, weights, strict=True)]
@@ -146,20 +125,13 @@ class Reader:
         formatter = reading.format or PlainFormatter(self.ctx.tokenizer)
         found = []
         for name in reading.tables:
-            rows = self._packed(self.corpus.tables[name], formatter)
+            rows = _packed(self.ctx, self.corpus.tables[name], formatter)
             key = f"{name} {rows.fingerprint}"
             if key not in self._open:
                 seed = derive_seed(self.ctx.recipe.seed, "order", name)
                 self._open[key] = _Table(rows, VirtualIndex(len(rows), seed))
             found.append(self._open[key])
         return found
-
-    def _packed(self, documents: Sequence[Document], formatter: Formatter) -> Rows:
-        ctx = self.ctx
-        store = formatted(documents, formatter, ctx.room)
-        if ctx.room is None:
-            return PackedBlocks(store, ctx.recipe.seq_len)
-        return PackedExamples(store, ctx.recipe.seq_len, pad_token_id=ctx.pad_token_id)
 
     def metrics(self) -> Metrics:
         """What was read, in tokens: inputs, targets, padding, different ones, and the most epochs of any table."""
@@ -172,6 +144,45 @@ class Reader:
                 counts[name] += value
         epochs = max(table.read / len(table.rows) for table in self._open.values())
         return {name: float(value) for name, value in counts.items()} | {"epochs": epochs}
+
+
+def _objective(ctx: CorpusContext) -> Objective:
+    packing = ctx.recipe.packing
+    if packing == "concat":
+        return cast(Objective, CausalObjective())
+    return cast(Objective, PackedObjective(restart_positions=packing == "document"))
+
+
+def _packed(ctx: CorpusContext, documents: Sequence[Document], formatter: Formatter) -> Rows:
+    store = formatted(documents, formatter, ctx.room)
+    if ctx.room is None:
+        return PackedBlocks(store, ctx.recipe.seq_len)
+    return PackedExamples(store, ctx.recipe.seq_len, pad_token_id=ctx.pad_token_id)
+
+
+def watcher(
+    ctx: CorpusContext, documents: Mapping[str, Sequence[Document]], formatter: Formatter
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What gives a model's loss on documents by name, in nats per target, packed as the run packs."""
+    rows = {name: _packed(ctx, own, formatter) for name, own in documents.items()}
+    return partial(target_losses, rows=rows, objective=_objective(ctx))
+
+
+@torch.no_grad()
+def target_losses(model: nn.Module, rows: Mapping[str, Rows], objective: Objective) -> dict[str, float]:
+    """Mean loss per target of rows by name, with the model in ``eval`` mode; it is left in the mode it had."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    found = {}
+    for name, own in rows.items():
+        total = count = 0.0
+        for begin in range(0, len(own), WATCHED_ROWS):
+            columns = own.columns(np.arange(begin, min(begin + WATCHED_ROWS, len(own))))
+            loss = objective(model, {key: torch.from_numpy(values).to(device) for key, values in columns.items()})
+            total, count = total + float(loss.total), count + float(loss.count)
+        found[name] = total / count
+    model.train(was_training)
+    return found
 
 
 def _read(table: _Table) -> Mapping[str, int]:

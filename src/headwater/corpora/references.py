@@ -10,8 +10,11 @@ from headwater.corpora.base import CorpusRecipe
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.curation import CurationSpec
 from headwater.corpora.plan import Corpus, Reading
+from headwater.corpora.skills import by_skill, skill_figures, watched
+from headwater.modalities.text.docs import CorpusError
+from headwater.modalities.text.instruct import AnswerFormatter
 
-__all__ = ["Curated", "Raw"]
+__all__ = ["Curated", "Raw", "Stratified"]
 
 
 class Raw(CorpusRecipe):
@@ -48,3 +51,29 @@ class Curated(CorpusRecipe):
             done = self.curation.run(source.train, directory, seed=self.seed, warn=ctx.warn, read=ctx.read)
             tables[name] = done.documents
         return Corpus((Reading("train", 1.0, tuple(tables)),), tables, files=("curation",))
+
+
+class Stratified(CorpusRecipe):
+    """As much of every skill, in one phase; of some skills alone where they are named.
+
+    Source: the baselines of Chen et al., arXiv:2307.14430: stratified by skill; on the target skills only.
+    """
+
+    id: ClassVar[str] = "stratified"
+
+    skill_field: str | None = Field(
+        default=None, description="column of the documents that names their skill; null: each source is a skill"
+    )
+    skills: tuple[str, ...] | None = Field(default=None, min_length=1, description="what is read; null: all skills")
+
+    def build(self, ctx: CorpusContext) -> Corpus:
+        """One phase over the skills, in equal shares."""
+        tables = by_skill({name: source.train for name, source in ctx.sources.items()}, self.skill_field)
+        if unknown := sorted(set(self.skills or ()) - set(tables)):
+            raise CorpusError(f"there is no skill {unknown[0]!r} in the sources; there are {', '.join(tables)}")
+        tables = {name: tables[name] for name in self.skills or tables}
+        valid = by_skill({name: source.valid for name, source in ctx.sources.items()}, self.skill_field)
+        formatter = AnswerFormatter(ctx.tokenizer)
+        equal = Reading("train", 1.0, tuple(tables), (1.0,) * len(tables), formatter)
+        figures = skill_figures(ctx, watched(valid), formatter) if valid else None
+        return Corpus((equal,), tables, examine=figures)
