@@ -289,6 +289,14 @@ def continual_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str,
 
 
 @pytest.fixture(scope="session")
+def imported_fields(continual_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields of a matrix that another library would have measured, of as many tasks as the stream has."""
+    path = tmp_path_factory.mktemp("imported") / "matrix.csv"
+    path.write_text("0.9\n0.8,0.7\n0.6,0.7,0.8\n")
+    return {**continual_fields, "matrix": str(path), "source": "a test"}
+
+
+@pytest.fixture(scope="session")
 def compose_fields(
     tiny_causal: Path, corpora: dict[str, Path], labelled: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, object]:

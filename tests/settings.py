@@ -174,7 +174,10 @@ FAMILIES: dict[str, Setting] = {
     "corpora": Setting(
         fixture="corpora_fields",
         opens=opens_as_language_model,
-        extra={"meco": {"metadata_field": "source", "conditional_evals": ["s1"]}},
+        extra={
+            "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
+            "curated": {"curation": {"steps": [{"kind": "sample", "rate": 0.8}]}},
+        },
     ),
     "domain": Setting(
         fixture="domain_fields",
@@ -227,6 +230,7 @@ FAMILIES: dict[str, Setting] = {
 
 
 METHODS: dict[str, Setting] = {
+    "imported": Setting(fixture="imported_fields", opens=opens_as_json, unseeded=("imported",)),
     "finetuning": Setting(fixture="tuned_fields", opens=opens_as_the_class_its_readme_names),
     "pego": Setting(
         fixture="tuned_fields",

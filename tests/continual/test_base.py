@@ -587,6 +587,23 @@ def test_property_matrix_of_others_is_read(tmp_path):
     np.testing.assert_array_equal(read_matrix(path), [[0.5, np.nan, np.nan], [0.4, 0.7, np.nan], [0.3, 0.6, 0.8]])
 
 
+def test_oracle_a_matrix_of_others_gives_the_figures_of_our_own(continual_fields, tmp_path):
+    own = execute(load_recipe({"method": "nmc", **continual_fields}), tmp_path / "own")
+    (tmp_path / "own" / "matrix.csv").rename(tmp_path / "R-0.csv")
+    fields = {**continual_fields, "matrix": str(tmp_path / "R-{seed}.csv"), "source": "PILOT, its defaults"}
+    result = execute(load_recipe({"method": "imported", **fields}), tmp_path / "run")
+    assert result.metrics.items() <= own.metrics.items()
+    assert {"acc/last", "acc/average", "forgetting/max"} <= set(result.metrics)
+    assert result.notes["source"] == "PILOT, its defaults"
+    curves = [json.loads((tmp_path / name / "trajectory.json").read_text())["series"] for name in ("own", "run")]
+    assert curves[0]["acc/curve"] == curves[1]["acc/curve"]
+    with pytest.raises(ValueError, match="no matrix for seed 3"):
+        execute(load_recipe({"method": "imported", **fields, "seed": 3}), tmp_path / "other")
+    (tmp_path / "R-0.csv").write_text("0.9\n0.8,0.7\n")
+    with pytest.raises(ValueError, match="tells of 2 tasks, and the stream has 3"):
+        execute(load_recipe({"method": "imported", **fields}), tmp_path / "short")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("", "as many columns as rows"), ("1,2\n", "as many columns"), ("x\n", "no number: 'x'"), ("87\n", "percent")],

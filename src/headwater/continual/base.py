@@ -347,18 +347,16 @@ def _report(stream: ClassStream, progress: Progress, last: Evaluation, run: Run)
             **({"voices": progress.voices} if progress.voices else {}),
         },
     )
-    run.write_json(
-        "trajectory.json",
-        {
-            "x": "tasks",
-            "series": {
-                name: [[float(t), value] for t, value in enumerate(curve, start=1)] for name, curve in curves.items()
-            },
-        },
-    )
+    write_curves(run, curves)
     ids = [str(row) for row in stream.test_rows]
     run.write_json("items.json", {"acc/last": {"ids": ids, "values": last.correct.astype(float).tolist()}})
     return metrics
+
+
+def write_curves(run: Run, curves: Mapping[str, Sequence[float]]) -> None:
+    """Write accuracies after each task, by name, as the trajectory that leaderboards draw."""
+    series = {name: [[float(t), value] for t, value in enumerate(curve, start=1)] for name, curve in curves.items()}
+    run.write_json("trajectory.json", {"x": "tasks", "series": series})
 
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ class CorpusContext:
         if limit is not None and recipe.seq_len > limit:
             raise ModelError(f"seq_len is {recipe.seq_len} but the model has {limit} positions; lower it")
         sources = {name: split.readable for name, split in splits.items()}
-        unseen = [document for part in tests.values() for document in part]
+        unseen = [*chain(*(split.test for split in splits.values()), *evals.values())]
 
         def apart(documents: Sequence[Document]) -> list[int]:
             numbered = [Document(str(place), document.text) for place, document in enumerate(documents)]

@@ -46,7 +46,7 @@ FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 class BlockSpec(Spec):
     """Any block of datatrove that works on one document after another, or one of your own."""
 
-    kind: Literal["block"]
+    kind: Literal["block"] = Field(description="which step this is")
     use: Name = Field(description="name of a filter or formatter of datatrove, or MODULE:CLASS")
     args: dict[str, Any] = Field(default={}, description="its arguments, as datatrove names them")  # Any: YAML
 
@@ -76,7 +76,7 @@ class BlockSpec(Spec):
 class QualitySpec(Spec):
     """Scores each document: the probability that it is like the positives, under a fast linear classifier."""
 
-    kind: Literal["quality"]
+    kind: Literal["quality"] = Field(description="which step this is")
     positives: CorpusRef = Field(description="texts of the kind that is wanted")
     negatives: CorpusRef | None = Field(
         default=None, description="texts to tell them from; null: the documents themselves"
@@ -87,7 +87,7 @@ class QualitySpec(Spec):
 class ClassifierSpec(Spec):
     """Scores each document: the probability of a label under a sequence classifier."""
 
-    kind: Literal["classifier"]
+    kind: Literal["classifier"] = Field(description="which step this is")
     model: ModelRef = Field(description="a sequence classifier of Hugging Face, e.g. of toxicity")
     label: Name = Field(description="the label, as the model's id2label has it")
     field: FieldName = Field(description="metadata to write to")
@@ -97,7 +97,7 @@ class ClassifierSpec(Spec):
 class LexiconSpec(Spec):
     """Scores each document: the share of its words that are in a list."""
 
-    kind: Literal["lexicon"]
+    kind: Literal["lexicon"] = Field(description="which step this is")
     words: Path = Field(description="a text file, one word a line")
     field: FieldName = Field(default="toxicity", description="metadata to write to")
 
@@ -105,7 +105,7 @@ class LexiconSpec(Spec):
 class KeepSpec(Spec):
     """Keeps the documents of which a condition over their metadata is true."""
 
-    kind: Literal["keep"]
+    kind: Literal["keep"] = Field(description="which step this is")
     when: Name = Field(description="such as: quality > 0.7 and genre in ['news', 'fiction']")
 
     @field_validator("when")
@@ -120,7 +120,7 @@ class KeepSpec(Spec):
 class BestSpec(Spec):
     """Keeps the best share of the documents."""
 
-    kind: Literal["best"]
+    kind: Literal["best"] = Field(description="which step this is")
     field: FieldName = Field(default="quality", description="the score")
     fraction: float = Field(gt=0, lt=1, description="to keep")
 
@@ -128,7 +128,7 @@ class BestSpec(Spec):
 class ParetoSpec(Spec):
     """Keeps documents by chance, the likelier the better the score."""
 
-    kind: Literal["pareto"]
+    kind: Literal["pareto"] = Field(description="which step this is")
     field: FieldName = Field(default="quality", description="the score, in [0, 1]")
     alpha: float = Field(default=9.0, gt=0, description="of the Pareto distribution")
 
@@ -136,14 +136,14 @@ class ParetoSpec(Spec):
 class SampleSpec(Spec):
     """Keeps a share of the documents, by chance."""
 
-    kind: Literal["sample"]
+    kind: Literal["sample"] = Field(description="which step this is")
     rate: float = Field(ge=0, le=1, description="probability of each")
 
 
 class DecontaminateSpec(Spec):
     """Drops documents that share a run of words with texts that must stay unseen."""
 
-    kind: Literal["decontaminate"]
+    kind: Literal["decontaminate"] = Field(description="which step this is")
     held_out: dict[str, CorpusRef] = Field(min_length=1, description="name -> texts that must stay unseen")
     ngram: int = Field(default=13, gt=0, description="words of a run")
 
@@ -151,7 +151,7 @@ class DecontaminateSpec(Spec):
 class DedupSpec(Spec):
     """Drops near-duplicates, by MinHash."""
 
-    kind: Literal["dedup"]
+    kind: Literal["dedup"] = Field(description="which step this is")
     ngram: int = Field(default=5, gt=0, description="words of a shingle")
     buckets: int = Field(default=14, gt=0, description="bands")
     hashes: int = Field(default=8, gt=0, description="hashes in a band; pairs above (1/bands)^(1/hashes) meet")
@@ -160,7 +160,7 @@ class DedupSpec(Spec):
 class CheckpointSpec(Spec):
     """Ends a stage: what was done before is not done again when a later step changes."""
 
-    kind: Literal["checkpoint"]
+    kind: Literal["checkpoint"] = Field(description="which step this is")
 
 
 StepSpec = Annotated[
@@ -245,11 +245,11 @@ class Curation(CurationSpec):
         """Curate every source into a folder of its name, and write ``curation.yaml`` and ``curated.json``."""
         done = {}
         directory.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(directory / "curation.yaml", dump_yaml(self.model_dump(mode="json")))
         for name, ref in self.sources.items():
             documents = stored_corpus(ref, role=f"sources.{name}")
             done[name] = self.run(documents, directory / name, seed=self.seed, warn=_log, overwrite=overwrite)
         steps = {name: [asdict(step) for step in curated.steps] for name, curated in done.items()}
+        atomic_write_text(directory / "curation.yaml", dump_yaml(self.model_dump(mode="json")))
         atomic_write_text(directory / "curated.json", json.dumps({"sources": steps}) + "\n")
         return done
 

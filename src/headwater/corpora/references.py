@@ -44,7 +44,7 @@ class Curated(CorpusRecipe):
         """One phase over what the steps leave of the sources, in proportion to their sizes."""
         tables = {}
         for name, source in ctx.sources.items():
-            directory = ctx.run.path(f"curation/{name}")
+            directory = ctx.run.path("curation") / name
             done = self.curation.run(source.train, directory, seed=self.seed, warn=ctx.warn, read=ctx.read)
             tables[name] = done.documents
         return Corpus((Reading("train", 1.0, tuple(tables)),), tables, files=("curation",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import time
 import traceback
 from collections import Counter
@@ -312,6 +313,8 @@ def _plain(value: Any, step: str, key: str) -> Any:
         return [_plain(item, step, key) for item in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, re.Pattern):
+        return [value.pattern, value.flags]
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value), step, key)
     if isinstance(value, FunctionType) and value.__closure__ is None:

@@ -137,7 +137,7 @@ class QualityClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         True
     """
 
-    def __init__(self, bits: int = 18, alpha: float = 1e-5, epochs: int = 10, random_state: int = 0) -> None:
+    def __init__(self, bits: int = 18, alpha: float = 1e-4, epochs: int = 10, random_state: int = 0) -> None:
         self.bits, self.alpha, self.epochs, self.random_state = bits, alpha, epochs, random_state
 
     def fit(self, X: Sequence[str], y: ArrayLike) -> Self:

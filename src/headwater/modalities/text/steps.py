@@ -51,20 +51,19 @@ class Score(PipelineStep):  # type: ignore[misc]  # datatrove has no annotations
         field: where to.
         scorer: gives one number for each text.
         batch_size: texts per call.
-        digits: after the point; rounded so that a score means the same in a file as in memory.
     """
 
     type = "headwater"
 
-    def __init__(self, field: str, scorer: TextScorer, batch_size: int = BATCH, digits: int = 6) -> None:
+    def __init__(self, field: str, scorer: TextScorer, batch_size: int = BATCH) -> None:
         super().__init__()
         self.name = f"score {field}"
-        self.field, self.scorer, self.batch_size, self.digits = field, scorer, batch_size, digits
+        self.field, self.scorer, self.batch_size = field, scorer, batch_size
 
     @property
     def about(self) -> dict[str, Any]:  # Any: JSON data
         """What decides the scores."""
-        return {"field": self.field, "scorer": self.scorer.fingerprint, "digits": self.digits}
+        return {"field": self.field, "scorer": self.scorer.fingerprint}
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Score documents, in order."""
@@ -72,7 +71,7 @@ class Score(PipelineStep):  # type: ignore[misc]  # datatrove has no annotations
             with self.track_time("batch"):
                 scores = self.scorer([document.text for document in batch])
             for document, score in zip(batch, scores.tolist(), strict=True):
-                document.metadata[self.field] = round(score, self.digits)
+                document.metadata[self.field] = score
                 yield document
 
 
