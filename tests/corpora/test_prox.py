@@ -606,8 +606,8 @@ def test_property_half_of_the_debris_passes_rules_tuned_against_it() -> None:
     ]
     rules = tuned_rules(plant(clean, rng))
     debris = [debris_line(rng) for _ in range(2000)]
-    phrases = [line for line in debris if line.endswith((".", "!")) and " " in line and "/" not in line]
-    kept = [line for line in phrases if rules.apply([f"of the\n{line}"])[0].count("\n")]
+    phrases = [line for line in debris if re.fullmatch(r"[A-Za-z ,]+[.!]", line)]
+    kept = [line for line in phrases if rules.apply([f"{clean[0].text}\n{line}"])[0].count("\n") == 9]
     assert 0.45 < len(phrases) / len(debris) < 0.55
     assert len(kept) > 0.95 * len(phrases)
 

@@ -22,7 +22,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -276,25 +276,27 @@ def run_program(text: str, program: Program, limits: Limits = Limits(), errors: 
         limits: see ``Limits``.
         errors: lines of the program that could not be read.
     """
-    if not text.strip() or any(isinstance(op, DropDoc) for op in program):
+    ops: dict[type, list[Any]] = {}  # Any: operations of that type
+    for op in program:
+        ops.setdefault(type(op), []).append(op)
+    if DropDoc in ops or not text or text.isspace():
         return Result("", "dropped", errors=errors)
-    if program and all(isinstance(op, KeepDoc) for op in program):
+    if list(ops) == [KeepDoc]:
         return Result(text, "kept", errors=errors)
     windows = _is_windows(text)
     before = text.replace("\r\n", "\n") if windows else text
-    after, removed, wrong = _without_lines(before, [op for op in program if isinstance(op, RemoveLines)])
+    after, removed, wrong = _without_lines(before, ops.get(RemoveLines, []))
     errors += wrong
     replaced = 0
-    for op in program:
-        if isinstance(op, Normalize):
-            if op.source in ("", " "):
-                errors += 1
-            elif count := after.count(op.source):
-                size = len(after) + count * (len(op.target) - len(op.source))
-                longer = len(op.target) > limits.max_longer * len(op.source)
-                if longer or size > limits.max_growth * len(before):
-                    return Result(text, "rejected", errors=errors)
-                after, replaced = after.replace(op.source, op.target), replaced + count
+    for op in ops.get(Normalize, []):
+        if op.source in ("", " "):
+            errors += 1
+        elif count := after.count(op.source):
+            size = len(after) + count * (len(op.target) - len(op.source))
+            longer = len(op.target) > limits.max_longer * len(op.source)
+            if longer or size > limits.max_growth * len(before):
+                return Result(text, "rejected", errors=errors)
+            after, replaced = after.replace(op.source, op.target), replaced + count
     trusted = errors < limits.max_errors
     if (trusted and _mostly_gone(before, after, limits.drop_ratio)) or _is_short(after, limits.min_keep_words):
         return Result("", "dropped", removed, replaced, errors)
@@ -322,9 +324,18 @@ def _without_lines(text: str, ops: Sequence[RemoveLines]) -> tuple[str, int, int
 
 def _spans(ops: Sequence[RemoveLines], count: int) -> tuple[list[tuple[int, int]], int]:
     """Where lines go, sorted, the ends not included; and how many operations were wrong."""
-    valid = [(op.start, min(op.end + 1, count)) for op in ops if 0 <= op.start <= op.end and op.start < count]
-    cut = sum(0 <= op.start < count <= op.end for op in ops)
-    return sorted(valid), len(ops) - len(valid) + cut
+    spans, errors = [], 0
+    for op in ops:
+        start, end = op.start, op.end
+        if not 0 <= start <= end or start >= count:
+            errors += 1
+        elif end >= count:
+            errors += 1
+            spans.append((start, count))
+        else:
+            spans.append((start, end + 1))
+    spans.sort()
+    return spans, errors
 
 
 def removed_lines(program: Program, count: int) -> NDArray[np.bool_]:
