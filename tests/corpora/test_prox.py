@@ -422,6 +422,8 @@ def test_equation_operations_outside_their_chunk_or_level_are_errors(tokenizer: 
     # Chunks are lines 0, 1 and 2. The range misses the first and is cut in the others; drop_doc is wrong in all.
     assert written.program == (RemoveLines(1, 1), RemoveLines(2, 2))
     assert written.errors == 6
+    back = ProgramGenerator(scripted(chunk="remove_lines(2, 1)"), tokenizer, levels=("chunk",))
+    assert [(found.program, found.errors) for found in back.programs([TEXT])] == [((), 1)]
     (doc,) = ProgramGenerator(scripted(doc="keep_chunk()"), tokenizer, levels=("doc",)).programs([TEXT])
     assert (doc.program, doc.errors) == ((), 1)
 
@@ -536,6 +538,7 @@ def test_property_the_report_shows_before_and_after(finished: tuple[Path, Result
     page = (finished[0] / "curation" / "report.html").read_text()
     assert "became" in page
     assert page.count("log in") >= 2
+    assert "headwater curate" not in page
     assert LineProgrammer.load(finished[0] / "programmer").fingerprint
 
 

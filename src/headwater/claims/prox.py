@@ -44,6 +44,7 @@ from headwater.corpora.prox_programs import (
 )
 from headwater.modalities.text.docs import Document, drop_overlap, split_sides
 from headwater.modalities.text.docstrings import GENERAL, docstring_corpus
+from headwater.modalities.text.tiny import Size as Shape
 from headwater.modalities.text.tiny import tiny_llama
 from headwater.modalities.text.tokenizers import train_bpe
 
@@ -285,8 +286,8 @@ class _Measures:
         }
         words = [text.split() for text in texts]
         self.documents = {
-            "mean": np.array([np.mean([len(word) for word in part] or [0.0]) for part in words]),
-            "letters": np.array([np.mean([any(map(str.isalpha, w)) for w in part] or [0.0]) for part in words]),
+            "mean": np.array([np.mean([len(word) for word in part] or [0]) for part in words]),
+            "letters": np.array([np.mean([any(map(str.isalpha, w)) for w in part] or [False]) for part in words]),
             "stop": np.array([len(_STOP & set(map(str.lower, part))) for part in words]),
         }
 
@@ -358,8 +359,8 @@ def make_world(size: Size, seed: int, directory: Path) -> World:
     }
     model = directory / "architecture"
     tokenizer = train_bpe([d.text for d in annotated], size.vocab)
-    shape = {"hidden": size.hidden, "layers": size.layers, "heads": 4, "mlp": 172 * size.hidden // 64}
-    tiny_llama(tokenizer, **shape, context=size.fields["seq_len"], generator_seed=0).save_pretrained(model)
+    shape = Shape(hidden=size.hidden, layers=size.layers, heads=4, mlp=172 * size.hidden // 64)
+    tiny_llama(tokenizer, **shape, context=size.fields["seq_len"], tie=False, generator_seed=0).save_pretrained(model)
     tokenizer.save_pretrained(model)
     return World(sources, annotations, tests, model, {d.id: d for d in dirty}, rules)
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from headwater.core.cache import atomic_path
+from headwater.core.cache import atomic_path, atomic_write_text
 from headwater.core.recipe import CorpusRef, Metrics, Spec
 from headwater.core.report import write_report
 from headwater.corpora.base import CorpusRecipe
@@ -191,7 +191,7 @@ class ProX(CorpusRecipe):
             tables[name] = done.documents
         wrong = [row["program"] for row in rows if row["errors"] >= self.limits.max_errors]
         check_language(len(wrong), len(rows), wrong)
-        ctx.run.path("curation").joinpath("curated.json").write_text(json.dumps({"sources": steps}), encoding="utf-8")
+        atomic_write_text(ctx.run.path("curation") / "curated.json", json.dumps({"sources": steps}) + "\n")
         write_report(ctx.run.path("curation"))
         with atomic_path(ctx.run.path("programs.parquet")) as path:
             pq.write_table(pa.table({column: [row[column] for row in rows] for column in COLUMNS}), path)

@@ -180,7 +180,7 @@ def _read_chunk(reply: Reply, chunk: Chunk) -> Written:
     for op in program:
         if isinstance(op, RemoveLines):
             inside = RemoveLines(max(op.start, chunk.first), min(op.end, chunk.last))
-            errors += inside != op
+            errors += inside != op or op.start > op.end
             if inside.start <= inside.end:
                 kept.append(inside)
         elif isinstance(op, Normalize | KeepChunk):
