@@ -340,6 +340,30 @@ def corpora_fields(tiny_causal: Path, corpora: dict[str, Path]) -> dict[str, obj
     }
 
 
+def prox_annotations(count: int, *, seed: int = 1) -> list[dict[str, str]]:
+    """Documents of several lines with debris, and the programs that remove it."""
+    rows = []
+    for i, text in enumerate(sentences("general", count, seed=seed)):
+        words = text.split()
+        lines = [" ".join(words[j : j + 20]) for j in range(0, len(words), 20)]
+        lines.insert(i % 8, f"Click here to log in, {i}!")
+        program = f"remove_lines(line_start={i % 8}, line_end={i % 8})"
+        rows.append({"id": f"dirty-{i}", "text": "\n".join(lines), "program": program})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def prox_fields(corpora_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make ProX run in about a second: documents with debris, and others with programs."""
+    root = tmp_path_factory.mktemp("prox")
+    for name, seed in (("dirty", 0), ("annotations", 1)):
+        rows = prox_annotations(260 if name == "dirty" else 40, seed=seed)
+        lines = [json.dumps(row if name != "dirty" else {k: row[k] for k in ("id", "text")}) for row in rows]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    annotations = {"kind": "lines", "annotations": str(root / "annotations.jsonl")}
+    return {**corpora_fields, "sources": {"text": str(root / "dirty.jsonl")}, "programmer": annotations}
+
+
 @pytest.fixture(scope="session")
 def levi_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make the layer-wise ensemble run in about a second: an encoder and six classes of text."""

@@ -139,12 +139,14 @@ def _curation(directory: Path, curated: Data) -> str:
         histograms = [(s["name"], histogram_svg(s["scores"], s["name"], f"h{number}-{place}")) for place, s in scored]
         sources.append({"name": name, "steps": steps, "histograms": histograms})
     where = shlex.quote(directory.resolve().name)
+    # A recipe's curation is run again with its run.
+    again = [f"headwater curate {where}/curation.yaml --out {where}"] if (directory / "curation.yaml").exists() else []
     return _render(
         "curation.html.j2",
         title=f"Curation of {', '.join(curated['sources'])}",
         sources=sources,
         recipe=_text(directory / "curation.yaml"),
-        commands=[f"headwater curate {where}/curation.yaml --out {where}", f"headwater report {where}"],
+        commands=[*again, f"headwater report {where}"],
         environment={},
     )
 
