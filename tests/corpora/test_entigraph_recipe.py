@@ -233,6 +233,13 @@ def test_property_what_could_not_be_done_is_told(fields: Fields, tmp_path: Path)
     assert not skipped & {row["source_id"] for row in texts(tmp_path / "run")}
 
 
+def test_property_entities_may_hold_any_character(tmp_path: Path) -> None:
+    path = tmp_path / "entities.jsonl"
+    rows = [{"source_id": "a", "entities": ["x\u2028y", "z"]}, {"source_id": "b", "entities": [], "error": "none"}]
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert {i: row["entities"] for i, row in read_entities(path).items()} == {"a": ["x\u2028y", "z"]}
+
+
 # -- bad input
 
 

@@ -111,10 +111,12 @@ def read_entities(path: Path) -> dict[str, Mapping[str, Any]]:  # Any: JSON data
     """
     found = {}
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8").split("\n")  # other line breaks may stand in names
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"entities: {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             whole = isinstance(row["source_id"], str) and all(isinstance(name, str) for name in row["entities"])
