@@ -365,6 +365,31 @@ def prox_fields(corpora_fields: dict[str, object], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
+def entigraph_fields(
+    corpora_fields: dict[str, object], corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    """Fields that make EntiGraph run in two seconds: entities are known, and a tiny model writes noise."""
+    from headwater.modalities.text.tiny import tiny_llama
+    from headwater.modalities.text.tokenizers import train_bpe
+
+    root = tmp_path_factory.mktemp("entigraph")
+    tokenizer = train_bpe(sentences("general", 20), 320)
+    tiny_llama(tokenizer, 16, 1, 2, 32, context=2048, generator_seed=0).save_pretrained(root / "writer")
+    tokenizer.save_pretrained(root / "writer")
+    ids = [json.loads(line)["id"] for line in corpora["general"].read_text(encoding="utf-8").splitlines()]
+    rows = [json.dumps({"source_id": i, "entities": ["sum", "mean", "axis"]}) for i in ids]
+    (root / "entities.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {
+        **corpora_fields,
+        "generator": {"kind": "hf", "model": str(root / "writer")},
+        "entities": str(root / "entities.jsonl"),
+        "target_tokens": 1_500,
+        "reply_tokens": 24,
+        "replay": str(write_corpus(root / "replay.jsonl", "music", 40)),
+    }
+
+
+@pytest.fixture(scope="session")
 def levi_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make the layer-wise ensemble run in about a second: an encoder and six classes of text."""
     return {
