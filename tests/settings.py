@@ -177,6 +177,7 @@ FAMILIES: dict[str, Setting] = {
         extra={
             "meco": {"metadata_field": "source", "conditional_evals": ["s1"]},
             "curated": {"curation": {"steps": [{"kind": "sample", "rate": 0.8}]}},
+            "pints": {"positives": "headwater:topics", "keep": {"share": 0.8}, "review": "skip"},
         },
     ),
     "domain": Setting(

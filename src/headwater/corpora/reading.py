@@ -158,7 +158,7 @@ class Reader:
         ctx = self.ctx
         store = formatted(documents, formatter, ctx.room)
         if ctx.room is None:
-            return PackedBlocks(store, ctx.recipe.seq_len)
+            return PackedBlocks(store, ctx.recipe.seq_len, overlap=self.corpus.overlap)
         return PackedExamples(store, ctx.recipe.seq_len, pad_token_id=ctx.pad_token_id)
 
     def metrics(self) -> Metrics:
