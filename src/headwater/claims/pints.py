@@ -4,7 +4,7 @@ The raw text is what packages document: docstrings with their prose, parameter t
 chapters of Python's language reference. The score knows the chapters. One model reads all of it, the other the 30 %
 that score best, in as many tokens. Both are then asked to predict chapters that nobody read and the docstrings of
 another package that read most like chapters. Every arm chose its learning rate from the same three on a seed of its
-own, by such text held out for that. Nothing is reviewed: that needs a person.
+own, by such text kept aside for that. Nothing is reviewed: that needs a person.
 
 Documents are cut between paragraphs at 1 200 characters, so that chapters and docstrings are scored at one length. That
 was fixed, as were the sizes, without looking at the curated model's figures.
@@ -83,7 +83,7 @@ class Size:
 
 SIZES: dict[Scale, Size] = {
     "smoke": Size(150_000, 3_000, 512, 16, 1, 2, 64, 512, 20, 4),
-    "small": Size(3_000_000, 60_000, 2_048, 64, 2, 4, 128, 2_048, 200, 10),
+    "small": Size(3_000_000, 40_000, 2_048, 64, 2, 4, 128, 2_048, 200, 10),
 }
 
 
@@ -94,7 +94,8 @@ class World:
     Attributes:
         raw: all there is to read.
         positives: the chapters among it.
-        valid, expository, doctests: held-out text.
+        valid: held-out text for tuning, none of which is in the test of any seed.
+        expository, doctests: held-out text for the test.
         model: directory of an architecture and a tokenizer.
     """
 
@@ -108,23 +109,25 @@ class World:
 
 def make_world(size: Size, seed: int, directory: Path) -> World:
     """Split the chapters, score the other package's docstrings, and write texts, tokenizer and architecture."""
-    world = World(*(directory / f"{name}.jsonl" for name in World.__annotations__ if name != "model"), directory / "lm")
+    raw, positives, valid, expository, doctests = (
+        directory / f"{name}.jsonl" for name in ("raw", "positives", "valid", "expository", "doctests")
+    )
+    world = World(raw, positives, valid, expository, doctests, directory / "lm")
     chapters = docstring_corpus(("topics",), max_chars=None)
-    sides = split_sides([chapter.id for chapter in chapters], (0.6, 0.15, 0.25), salt=f"pints {seed}")
-    learned, tuned, tested = (_pieces(np.array(chapters, dtype=object)[sides == side]) for side in range(3))
+    tuned, learned, tested = (_pieces(part) for part in _split(chapters, 0.15, 0.6, seed))
     docstrings = _pieces(docstring_corpus(PACKAGES, limit_chars=size.chars))
     others = _pieces(docstring_corpus((OTHER_PACKAGE,), limit_chars=size.chars))
     scores = train_quality(learned, docstrings, seed=seed, warn=lambda topic, message: None)(
         [piece.text for piece in others]
     )
     best = [others[i] for i in np.flatnonzero(scores >= np.quantile(scores, 0.9))]
-    halves = split_sides([piece.id for piece in best], (0.0, 0.4, 0.6), salt=f"pints {seed}")
+    best_tuned, _, best_tested = _split(best, 0.4, 0.0, seed)
     code = [piece for piece in others if expository_features(piece.text)["code_share"] >= CODE]
     texts = {
         world.raw: [*docstrings, *learned],
         world.positives: learned,
-        world.valid: _mixed([*tuned, *(best[i] for i in np.flatnonzero(halves == 1))], seed),
-        world.expository: _mixed([*tested, *(best[i] for i in np.flatnonzero(halves == 2))], seed),
+        world.valid: _mixed([*tuned, *best_tuned], seed),
+        world.expository: _mixed([*tested, *best_tested], seed),
         world.doctests: _mixed(code, seed),
     }
     for path, pieces in texts.items():
@@ -138,9 +141,21 @@ def make_world(size: Size, seed: int, directory: Path) -> World:
     return world
 
 
+def _split(
+    documents: Sequence[Document], tuned: float, learned: float, seed: int
+) -> tuple[list[Document], list[Document], list[Document]]:
+    """For tuning, the same for every seed; and of the rest for learning and for the test."""
+    ids = [document.id for document in documents]
+    aside = split_sides(ids, (1 - tuned, 0.0, tuned), salt="pints tuning") == 2
+    tests = split_sides(ids, (learned, 0.0, 1 - learned), salt=f"pints {seed}") == 2
+    sides = np.where(aside, 0, np.where(tests, 2, 1))
+    first, second, third = ([d for d, mine in zip(documents, sides, strict=True) if mine == side] for side in range(3))
+    return first, second, third
+
+
 def _pieces(documents: Iterable[Document]) -> list[Document]:
     """Documents cut between paragraphs, each piece but the last as near to ``PIECE_CHARS`` as paragraphs allow."""
-    found = []
+    found: list[Document] = []
     for document in documents:
         held: list[str] = []
         for paragraph in document.text.split("\n\n"):
@@ -161,7 +176,8 @@ def measure(scale: Scale, seed: int, directory: Path) -> Measured:
     size = SIZES[scale]
     world = make_world(size, seed, directory)
     rates = dict.fromkeys(ARMS, LEARNING_RATES[0]) if scale == "smoke" else _tuned(scale, directory)
-    results = {arm: _train(size, arm, world, rates[arm], seed, directory / arm) for arm in ARMS}
+    evals = {"expository": world.expository, "doctests": world.doctests}
+    results = {arm: _train(size, arm, world, evals, rates[arm], seed, directory / arm) for arm in ARMS}
     curves = {arm: _curve(size, world, directory / arm) for arm in ARMS}
     total = size.steps * size.batch_tokens
     target = results["raw"].metrics["eval/expository/bpb"]
@@ -186,11 +202,11 @@ def measure(scale: Scale, seed: int, directory: Path) -> Measured:
     )
 
 
-def _train(size: Size, arm: str, world: World, lr: float, seed: int, directory: Path) -> Result:
+def _train(size: Size, arm: str, world: World, evals: dict[str, Path], lr: float, seed: int, directory: Path) -> Result:
     fields = {
         "model": str(world.model),
         "sources": {"text": str(world.raw)},
-        "evals": {"expository": str(world.expository), "doctests": str(world.doctests), "tuning": str(world.valid)},
+        "evals": {name: str(path) for name, path in evals.items()},
         "held_out": 0.08,
         "eval_chars": size.eval_chars,
         "seq_len": size.seq_len,
@@ -255,10 +271,11 @@ def _tuned(scale: Scale, directory: Path) -> dict[str, float]:
     world = make_world(size, TUNING_SEED, trials)
     best = {}
     for arm in ARMS:
-        found = {
-            lr: _train(size, arm, world, lr, TUNING_SEED, trials / arm / f"lr-{lr:g}").metrics["eval/tuning/bpb"]
-            for lr in LEARNING_RATES
-        }
+        found = {}
+        for lr in LEARNING_RATES:
+            place = trials / arm / f"lr-{lr:g}"
+            trial = _train(size, arm, world, {"tuning": world.valid}, lr, TUNING_SEED, place)
+            found[lr] = trial.metrics["eval/tuning/bpb"]
         best[arm] = min(found, key=found.__getitem__)
     return best
 

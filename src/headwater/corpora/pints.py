@@ -153,7 +153,9 @@ class BestShare(Spec):
 class AtLeast(Spec):
     """The documents that score well."""
 
-    score: float = Field(gt=0, lt=1, description="least probability to keep")
+    score: float = Field(
+        gt=0, lt=1, description="least to keep; look at the scores first, their scale depends on how many positives are"
+    )
 
 
 Template = Annotated[str, StringConstraints(pattern="^(chatml|llama2|llama3|openchat|zephyr)$")]
@@ -274,7 +276,10 @@ class Pints(CorpusRecipe):
                 f"every row of {own.name} beside it, and resume the run. To use the sheet in other runs, give its path "
                 "as review; to go on without, review: skip."
             )
-        verdicts = queue.apply(own if self.review == "require" else Path(self.review), self.accept_rate)
+        sheet = own if self.review == "require" else Path(self.review).expanduser()
+        if not sheet.is_file():
+            raise CorpusError(f"review: no file {sheet}; for a sheet to fill in set review: require.")
+        verdicts = queue.apply(sheet, self.accept_rate)
         ctx.run.write_json("review.json", {name: vars(verdict) for name, verdict in verdicts.items()})
         for name, found in verdicts.items():
             seen = f"{found.accepted} of {found.reviewed} reviewed documents of {name!r} were accepted "
