@@ -38,7 +38,7 @@ from headwater.core.recipe import CorpusRef, ModelRef, Spec
 from headwater.core.rng import derive_seed
 from headwater.corpora.base import CorpusRecipe, TableName
 from headwater.corpora.context import CorpusContext
-from headwater.corpora.curation import ExecutorSpec, train_quality
+from headwater.corpora.curation import QUALITY_CHARS, ExecutorSpec, train_quality
 from headwater.corpora.mixture import Planned, Source, mixture_plan
 from headwater.corpora.plan import Corpus, Reading
 from headwater.corpora.review import ReviewQueue
@@ -70,8 +70,6 @@ __all__ = [
     "train_quality",
 ]
 
-NEGATIVES = 20_000
-"""Documents of a source, drawn at random, that the score tells positives from; ``train_quality`` bounds their text."""
 COMPARED_CHARS = 500_000
 """Characters of a source that tokenizers are compared on."""
 SHARED_SEED = 0
@@ -241,14 +239,10 @@ class Pints(CorpusRecipe):
         from headwater.modalities.text.curate import Executor, curate
         from headwater.modalities.text.steps import Keep, KeepBest, Score
 
-        others: list[Document] = []
-        for source in ctx.sources.values():
-            some = permutation(SHARED_SEED, 0, len(source.train))[:NEGATIVES]
-            others += source.train.select(np.sort(some))
-        order = permutation(SHARED_SEED, 1, len(others))
-        classifier = train_quality(
-            ctx.read(self.positives, "positives"), [others[i] for i in order], seed=SHARED_SEED, warn=ctx.warn
-        )
+        chars = QUALITY_CHARS // len(ctx.sources)
+        others = [d for source in ctx.sources.values() for d in held_out_sample(_shuffled(source.train), chars)]
+        positives = ctx.read(self.positives, "positives")
+        classifier = train_quality(positives, others, seed=SHARED_SEED, warn=ctx.warn)
         classifier.save(ctx.run.path("expository"))
         keep = self.keep
         chosen = (
@@ -264,10 +258,10 @@ class Pints(CorpusRecipe):
     def _reviewed(self, ctx: CorpusContext, tables: dict[str, DocumentStore]) -> dict[str, DocumentStore]:
         """The sources that a person lets pass."""
         queue = ReviewQueue(tables, self.review_documents, seed=SHARED_SEED)
-        own = ctx.run.path("review.csv")
+        own = ctx.run.directory / "review.csv"
         waiting = not own.exists()
         if waiting:
-            queue.write(own.parent)
+            queue.write(ctx.run.path("review.csv").parent)
         if self.review == "skip":
             return tables
         if self.review == "require" and waiting:
@@ -299,10 +293,14 @@ class Pints(CorpusRecipe):
         chosen = ctx.tokenizer
         if self.tokenizer_candidates:
             candidates = {ref.name: load_tokenizer(ref) for ref in self.tokenizer_candidates}
-            texts = {name: [d.text for d in held_out_sample(table, COMPARED_CHARS)] for name, table in tables.items()}
+            texts = {
+                name: [document.text for document in held_out_sample(_shuffled(table), COMPARED_CHARS)]
+                for name, table in tables.items()
+            }
             compared = compare_tokenizers(candidates, texts)
             _write_table(ctx.run.path("tokenizers.csv"), compared.to_dict("records"))
-            weights = {name: self.mixture[name].weight if self.mixture else float(len(tables[name])) for name in tables}
+            sizes = {name: len(table) * float(np.mean([*map(len, texts[name])])) for name, table in tables.items()}
+            weights = {name: self.mixture[name].weight if self.mixture else sizes[name] for name in tables}
             cost = (compared["source"].map(weights) / compared["bytes_per_token"]).groupby(compared["tokenizer"]).sum()
             chosen = candidates[min(candidates, key=lambda name: float(cost[name]))]
         return extend_tokenizer(
@@ -323,6 +321,10 @@ class Pints(CorpusRecipe):
         }
         # A budget in FLOPs or seconds is some number of tokens: the proportions are the same for any without caps.
         return mixture_plan(sources, total.get(self.budget.kind, float(sum(sizes.values()))))
+
+
+def _shuffled(table: DocumentStore) -> DocumentStore:
+    return table.select(permutation(SHARED_SEED, 0, len(table)))
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[Any, Any]]) -> None:  # Any: as they come from pandas
