@@ -283,8 +283,12 @@ class PackedBlocks:
 
     def blocks(self, items: ArrayLike) -> NDArray[np.int64]:
         """Return blocks by their place in the store, ``(B,)`` in [0, len), as ``(B, T)`` int64."""
-        windows = np.lib.stride_tricks.sliding_window_view(self.store.tokens, self.seq_len)
-        return windows[:: self.seq_len - self.overlap][np.asarray(items, dtype=np.int64)].astype(np.int64)
+        tokens, new = self.store.tokens, self.seq_len - self.overlap
+        strides = (new * tokens.itemsize, tokens.itemsize)
+        # A view; numpy's sliding_window_view is the same and takes as long as gathering a batch.
+        blocks = np.ndarray((len(self), self.seq_len), tokens.dtype, np.ascontiguousarray(tokens), 0, strides)
+        found: NDArray[np.int64] = blocks[np.asarray(items, dtype=np.int64)].astype(np.int64)
+        return found
 
     def columns(self, items: ArrayLike) -> dict[str, NDArray[np.int64]]:
         """Return ``input_ids`` and ``labels`` by place in the store, ``(B, T)``; labels are -100 off target."""
