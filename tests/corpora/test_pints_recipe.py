@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headwater.core.recipe import RecipeError, load_recipe
 from headwater.core.run import Run, execute
 from headwater.corpora.context import CorpusContext
+from headwater.corpora.reading import Reader
 from headwater.corpora.vocabulary import extend_tokenizer
 from headwater.modalities.text.docs import CorpusError
 from headwater.modalities.text.quality import QualityClassifier
@@ -83,7 +84,9 @@ def test_oracle_the_best_share_of_each_source_is_read(fields: Fields, tmp_path: 
             assert {document.id for document in table} == {train[i].id for i in best}
             assert len(table) / len(train) == pytest.approx(0.3, abs=0.02)
             assert all(int(document.id.split("-")[1]) % 3 == 0 for document in table), "texts of the wanted kind"
-    assert corpus.overlap == 1
+        labels = next(Reader(ctx, corpus).phases()).stream.batch(0)["labels"]
+        assert (labels[:, 0] == -100).all(), "a row begins with the last token of another, which is predicted there"
+        assert (labels[:, 1:] != -100).all()
 
 
 def test_property_a_threshold_keeps_what_reaches_it(fields: Fields, tmp_path: Path) -> None:
