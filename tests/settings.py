@@ -180,6 +180,7 @@ FAMILIES: dict[str, Setting] = {
             "arithmetic": {"digits": 2, "n_train": 400, "test_size": 40, "valid_size": 20},
             "stratified": {"skill_field": "source"},
             "skill_it": {"skill_field": "source", "rounds": 2, "graph": {"steps": 2}},
+            "pints": {"positives": "headwater:topics", "keep": {"share": 0.8}, "review": "skip"},
         },
     ),
     "domain": Setting(

@@ -68,6 +68,7 @@ class Corpus:
             any other.
         readme: the same in words.
         files: further files of the run directory.
+        overlap: tokens that a row repeats of the one before it, where documents are packed end to end.
     """
 
     phases: tuple[Reading, ...]
@@ -79,6 +80,7 @@ class Corpus:
     usage: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON data
     readme: str = ""
     files: tuple[str, ...] = ()
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         total = sum(phase.share for phase in self.phases)

@@ -125,7 +125,7 @@ class Reader:
         formatter = reading.format or PlainFormatter(self.ctx.tokenizer)
         found = []
         for name in reading.tables:
-            rows = _packed(self.ctx, self.corpus.tables[name], formatter)
+            rows = _packed(self.ctx, self.corpus.tables[name], formatter, self.corpus.overlap)
             key = f"{name} {rows.fingerprint}"
             if key not in self._open:
                 seed = derive_seed(self.ctx.recipe.seed, "order", name)
@@ -153,10 +153,10 @@ def _objective(ctx: CorpusContext) -> Objective:
     return cast(Objective, PackedObjective(restart_positions=packing == "document"))
 
 
-def _packed(ctx: CorpusContext, documents: Sequence[Document], formatter: Formatter) -> Rows:
+def _packed(ctx: CorpusContext, documents: Sequence[Document], formatter: Formatter, overlap: int = 0) -> Rows:
     store = formatted(documents, formatter, ctx.room)
     if ctx.room is None:
-        return PackedBlocks(store, ctx.recipe.seq_len)
+        return PackedBlocks(store, ctx.recipe.seq_len, overlap=overlap)
     return PackedExamples(store, ctx.recipe.seq_len, pad_token_id=ctx.pad_token_id)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 
 from headwater.core.cache import atomic_path, atomic_write_text
@@ -61,7 +61,7 @@ class TokenStore:
     """Tokenised documents, end to end, each closed by the end-of-sequence token.
 
     Attributes:
-        tokens: ``(tokens,)`` int32, in memory or memory-mapped.
+        tokens: ``(tokens,)`` int32, or another type of integer that was asked for, in memory or memory-mapped.
         offsets: ``(documents + 1,)`` int64; document d is ``tokens[offsets[d]:offsets[d + 1]]``, its EOS included.
         eos_token_id: the token that closes a document.
         fingerprint: changes with any token, border or target.
@@ -103,6 +103,7 @@ def tokenize_documents(
     *,
     out: str | Path | None = None,
     batch_size: int = 1024,
+    dtype: DTypeLike = np.int32,
 ) -> TokenStore:
     """Tokenise documents in batches; no special token is added but the EOS that closes each.
 
@@ -112,6 +113,7 @@ def tokenize_documents(
         out: a directory for ``tokens.npy`` and ``offsets.npy``; tokens then never stand in memory all at once, and the
             store that is returned is memory-mapped. None keeps them in memory.
         batch_size: documents per call of the tokenizer.
+        dtype: of the tokens; large enough for every id.
 
     Raises:
         CorpusError: there is no document.
@@ -129,7 +131,7 @@ def tokenize_documents(
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
                 "input_ids"
             ]
-            flat = np.fromiter(chain.from_iterable((*ids, eos) for ids in encoded), dtype=np.int32)
+            flat = np.fromiter(chain.from_iterable((*ids, eos) for ids in encoded), dtype=dtype)
             yield Sequences([len(ids) + 1 for ids in encoded], flat)
 
     return write_store(batches(), eos, out)
@@ -169,6 +171,7 @@ def write_store(batches: Iterable[Sequences], eos_token_id: int, out: str | Path
     masks: list[NDArray[np.bool_]] = []
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
+        types: dict[str, str] = {}
 
         def append(name: str, values: NDArray[Any], kept: list[Any]) -> None:  # Any: int32 or bool
             digest.update(values.tobytes())
@@ -177,7 +180,8 @@ def write_store(batches: Iterable[Sequences], eos_token_id: int, out: str | Path
                 return
             if name not in files:
                 files[name] = stack.enter_context(stack.enter_context(atomic_path(Path(out) / name)).open("wb+"))
-                _write_header(files[name], 0)
+                types[name] = values.dtype.str
+                _write_header(files[name], 0, types[name])
             files[name].write(values.tobytes())
 
         if out is not None:
@@ -195,7 +199,7 @@ def write_store(batches: Iterable[Sequences], eos_token_id: int, out: str | Path
         digest.update(offsets.tobytes())
         for name, file in files.items():
             file.seek(0)
-            _write_header(file, int(offsets[-1]), "<i4" if name == "tokens.npy" else "|b1")
+            _write_header(file, int(offsets[-1]), types[name])
     owned = np.array(owners, dtype=np.int64) if owners else None
     if out is None:
         mask = np.concatenate(masks) if masks else None
@@ -209,7 +213,7 @@ def write_store(batches: Iterable[Sequences], eos_token_id: int, out: str | Path
     return TokenStore.open(out)
 
 
-def _write_header(file: BinaryIO, length: int, descr: str = "<i4") -> None:
+def _write_header(file: BinaryIO, length: int, descr: str) -> None:
     # The format pads its header so that the first axis can grow in place: the same number of bytes for any length.
     header = {"descr": descr, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -240,21 +244,26 @@ class PackedBlocks:
         store: the tokens.
         seq_len: block length T, >= 2.
         seed: of the order.
+        overlap: tokens at the beginning of a block that end the one before, in [0, T); their label is -100. With one,
+            every token of the store but the first is predicted once, where blocks side by side never predict their
+            first.
 
     Raises:
-        ValueError: ``seq_len`` is below 2, or the store holds less than one block.
+        ValueError: ``seq_len`` is below 2, ``overlap`` leaves nothing new, or the store holds less than one block.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, seed: int = 0) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, seed: int = 0, *, overlap: int = 0) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2, to have something to predict; got {seq_len}.")
+        if not 0 <= overlap < seq_len:
+            raise ValueError(f"overlap must be in [0, {seq_len}), so that a block has something new; got {overlap}.")
         if len(store.tokens) < seq_len:
             raise ValueError(
                 f"the corpus has {len(store.tokens)} tokens, less than one block of {seq_len}; lower seq_len."
             )
-        self.store, self.seq_len, self.seed = store, seq_len, seed
-        self.order = VirtualIndex(len(store.tokens) // seq_len, derive_seed(seed, "blocks"))
-        self.fingerprint = _fingerprint("blocks", store.fingerprint, seq_len, seed)
+        self.store, self.seq_len, self.seed, self.overlap = store, seq_len, seed, overlap
+        self.order = VirtualIndex((len(store.tokens) - overlap) // (seq_len - overlap), derive_seed(seed, "blocks"))
+        self.fingerprint = _fingerprint("blocks", store.fingerprint, seq_len, seed, *([overlap] if overlap else []))
 
     def __len__(self) -> int:
         return self.order.n
@@ -274,14 +283,19 @@ class PackedBlocks:
 
     def blocks(self, items: ArrayLike) -> NDArray[np.int64]:
         """Return blocks by their place in the store, ``(B,)`` in [0, len), as ``(B, T)`` int64."""
-        whole = self.store.tokens[: len(self) * self.seq_len].reshape(-1, self.seq_len)
-        return whole[np.asarray(items, dtype=np.int64)].astype(np.int64)
+        tokens, new = self.store.tokens, self.seq_len - self.overlap
+        strides = (new * tokens.itemsize, tokens.itemsize)
+        # A view; numpy's sliding_window_view is the same and takes as long as gathering a batch.
+        blocks = np.ndarray((len(self), self.seq_len), tokens.dtype, np.ascontiguousarray(tokens), 0, strides)
+        found: NDArray[np.int64] = blocks[np.asarray(items, dtype=np.int64)].astype(np.int64)
+        return found
 
     def columns(self, items: ArrayLike) -> dict[str, NDArray[np.int64]]:
         """Return ``input_ids`` and ``labels`` by place in the store, ``(B, T)``; labels are -100 off target."""
         ids = self.blocks(items)
         trained = self.store.trained
         labels = ids.copy() if trained is None else np.where(trained[self._places(items)], ids, IGNORED)
+        labels[:, : self.overlap] = IGNORED
         return {"input_ids": ids, "labels": labels}
 
     def document_ids(self, items: ArrayLike) -> NDArray[np.int64]:
@@ -289,7 +303,7 @@ class PackedBlocks:
         return np.searchsorted(self.store.offsets, self._places(items), side="right") - 1
 
     def _places(self, items: ArrayLike) -> NDArray[np.int64]:
-        return np.asarray(items, dtype=np.int64)[:, None] * self.seq_len + np.arange(self.seq_len)
+        return np.asarray(items, dtype=np.int64)[:, None] * (self.seq_len - self.overlap) + np.arange(self.seq_len)
 
 
 def _fingerprint(*parts: object) -> str:
