@@ -1,0 +1,170 @@
+"""What methods on instructions share: tasks as documents to read, as questions to ask, and what was answered."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from headwater.core.optim import OptimSpec
+from headwater.core.recipe import CorpusRef, ModelRef
+from headwater.corpora.base import CorpusRecipe, TableName
+from headwater.modalities.text.docs import Document
+from headwater.modalities.text.instruct import answered, exact_match, rouge_l
+from headwater.modalities.text.instruction_inputs import EncodedInstruction, InstructionEncoder
+from headwater.modalities.text.instructions import PARTS, Instance, Instruction, InstructionPart
+from headwater.modalities.text.pairs import PairModel, Pairs, source_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Answer",
+    "InstructedRecipe",
+    "Pool",
+    "Question",
+    "answers_of",
+    "as_pairs",
+    "shown_apart",
+    "usage_of",
+]
+
+Pool = Sequence[tuple[Instruction, Sequence[Instance]]]
+"""Tasks, each with the instances of it that are meant."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """An instance that is asked.
+
+    Attributes:
+        task: its name.
+        category: of the task.
+        prompt: what the model is given.
+        references: all right answers; the first is the one that losses are of.
+    """
+
+    task: str
+    category: str
+    prompt: str
+    references: tuple[str, ...]
+
+
+class Answer(NamedTuple):
+    """What was written for a question, and its worth against all references."""
+
+    question: Question
+    text: str
+    exact: float
+    rouge_l: float
+
+
+def as_pairs(questions: Iterable[Question]) -> Pairs:
+    """Questions with their first right answer."""
+    found = list(questions)
+    return Pairs([question.prompt for question in found], [question.references[0] for question in found])
+
+
+def answers_of(reader: PairModel, questions: Sequence[Question]) -> list[Answer]:
+    """Greedy answers, judged by the best of all references."""
+    written = reader.answers([question.prompt for question in questions])
+    return [
+        Answer(question, text, exact_match(text, question.references), rouge_l(text, question.references))
+        for question, text in zip(questions, written, strict=True)
+    ]
+
+
+def shown_apart(task: Instruction) -> list[Instance]:
+    """The task's instances whose input none of its examples shows, in an order that follows a hash of the input."""
+    shown = {source_digest(e.input) for e in (*task.positive_examples, *task.negative_examples)}
+    digests = [source_digest(instance.input) for instance in task.instances]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return [task.instances[place] for place in order if digests[place] not in shown]
+
+
+class InstructedRecipe(CorpusRecipe, ABC):
+    """A method of the stage whose documents are instances of tasks behind the tasks' instructions."""
+
+    sources: dict[TableName, CorpusRef] = Field(default={}, max_length=0, description="none; what is read are tasks")
+    model: ModelRef = Field(description="causal model and tokenizer: Hub name or local directory")
+    from_scratch: bool = Field(default=False, description="draw new weights for the model's architecture")
+    seq_len: int = Field(default=1152, ge=8, le=131_072, description="tokens per row: an input and its output")
+    optim: OptimSpec = Field(default=OptimSpec(lr=5e-5), description="how weights are moved")
+    parts: tuple[InstructionPart, ...] = Field(
+        default=PARTS, description="what is read of an instruction, always in this order; none for inputs alone"
+    )
+    n_positive: int = Field(default=2, ge=0, le=100, description="right examples in an input, as many as fit")
+    n_negative: int = Field(default=2, ge=0, le=100, description="wrong examples in an input, as many as fit")
+    max_input_tokens: int = Field(
+        default=1024,
+        gt=0,
+        description="tokens of an input; examples, then fields leave a longer one, and an instance that alone is "
+        "longer is left out",
+    )  # section 6.1: BART reads 1024
+
+    @model_validator(mode="after")
+    def _room_for_answers(self) -> Self:
+        if (room := self.seq_len - self.max_answer - 1) < self.max_input_tokens:
+            raise ValueError(
+                f"max_input_tokens ({self.max_input_tokens}) and max_answer ({self.max_answer}) exceed seq_len "
+                f"({self.seq_len}); lower max_input_tokens to {room}, or raise seq_len"
+            )
+        return self
+
+    def encoded(
+        self, pool: Pool, tokenizer: PreTrainedTokenizerBase, parts: Sequence[InstructionPart] | None = None
+    ) -> Iterator[tuple[Instruction, Instance, EncodedInstruction | None]]:
+        """Every instance behind its instruction; None where it alone is too long."""
+        read = self.parts if parts is None else parts
+        for task, instances in pool:
+            encoder = InstructionEncoder(task, tokenizer, read, self.max_input_tokens, self.n_positive, self.n_negative)
+            inputs = [instance.input for instance in instances]
+            yield from ((task, *found) for found in zip(instances, encoder(inputs), strict=True))
+
+    def asked_of(
+        self, pool: Pool, tokenizer: PreTrainedTokenizerBase, parts: Sequence[InstructionPart] | None = None
+    ) -> list[Question]:
+        """Questions on the instances of a pool; those that are too long are left out."""
+        return [
+            Question(task.name, task.category, encoded.text, instance.references)
+            for task, instance, encoded in self.encoded(pool, tokenizer, parts)
+            if encoded is not None
+        ]
+
+    def read_of(self, pool: Pool, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Document], int]:
+        """Documents of a pool, and how many instances were too long for an input or, with their output, for a row."""
+        found = list(self.encoded(pool, tokenizer))
+        outputs = [self.join + instance.references[0] for _, instance, _ in found]
+        ids = tokenizer(outputs, add_special_tokens=False, verbose=False)["input_ids"] if outputs else []
+        documents: list[Document] = []
+        counts: dict[str, int] = {}
+        for (task, instance, encoded), output in zip(found, ids, strict=True):
+            # Before the input stands a start token, and EOS follows the output.
+            if encoded is None or len(encoded.input_ids) + len(output) + 2 > self.seq_len:
+                continue
+            number = counts[task.name] = counts.get(task.name, -1) + 1
+            documents.append(
+                answered(
+                    f"{task.name}/{number}",
+                    encoded.text,
+                    instance.references[0],
+                    join=self.join,
+                    task=task.name,
+                    category=task.category,
+                )
+            )
+        return documents, len(found) - len(documents)
+
+
+def usage_of(recipe: InstructedRecipe) -> Mapping[str, object]:
+    """How the trained model is asked, as JSON data."""
+    return {
+        "parts": list(recipe.parts),
+        "n_positive": recipe.n_positive,
+        "n_negative": recipe.n_negative,
+        "max_input_tokens": recipe.max_input_tokens,
+        "join": recipe.join,
+    }
