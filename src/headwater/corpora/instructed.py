@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from headwater.core.cache import atomic_write_text
 from headwater.core.optim import OptimSpec
-from headwater.core.recipe import CorpusRef, ModelRef
+from headwater.core.recipe import CorpusRef, Metrics, ModelRef
 from headwater.corpora.base import CorpusRecipe, TableName
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.instruct import answered, exact_match, rouge_l
@@ -21,6 +26,8 @@ from headwater.modalities.text.pairs import PairModel, Pairs, source_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from headwater.core.run import Run
+
 __all__ = [
     "Answer",
     "InstructedRecipe",
@@ -28,6 +35,8 @@ __all__ = [
     "Question",
     "answers_of",
     "as_pairs",
+    "csv_table",
+    "leave_answers",
     "shown_apart",
     "usage_of",
 ]
@@ -75,6 +84,43 @@ def answers_of(reader: PairModel, questions: Sequence[Question]) -> list[Answer]
         Answer(question, text, exact_match(text, question.references), rouge_l(text, question.references))
         for question, text in zip(questions, written, strict=True)
     ]
+
+
+def leave_answers(run: Run, answers: Sequence[Answer]) -> Metrics:
+    """Write ``answers.jsonl`` and ``by_category.csv``, and return the figures of all.
+
+    Returns:
+        ``eval/held_out/exact_any`` and ``eval/held_out/rouge_l_any``, by the best of all references.
+    """
+    lines = [
+        {"task": a.question.task, "prompt": a.question.prompt, "answer": a.text, "right": a.question.references}
+        for a in answers
+    ]
+    atomic_write_text(run.path("answers.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.question.category, []).append(answer)
+    rows = [
+        (name, len({a.question.task for a in found}), len(found), *_figures(found))
+        for name, found in [*sorted(groups.items()), ("all", list(answers))]
+    ]
+    table = csv_table(("category", "tasks", "questions", "exact", "rouge_l"), rows)
+    atomic_write_text(run.path("by_category.csv"), table)
+    exact, rouge = _figures(answers)
+    return {"eval/held_out/exact_any": exact, "eval/held_out/rouge_l_any": rouge}
+
+
+def _figures(answers: Sequence[Answer]) -> tuple[float, float]:
+    return float(np.mean([a.exact for a in answers])), float(np.mean([a.rouge_l for a in answers]))
+
+
+def csv_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:  # Any: texts and figures
+    """Rows under a header, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def shown_apart(task: Instruction) -> list[Instance]:

@@ -20,12 +20,9 @@ Needs: tasks with instructions; a causal language model.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -41,6 +38,8 @@ from headwater.corpora.instructed import (
     Pool,
     answers_of,
     as_pairs,
+    csv_table,
+    leave_answers,
     shown_apart,
     usage_of,
 )
@@ -292,17 +291,10 @@ class NaturalInstructions(InstructedRecipe):
         def ask(pool: Pool, parts: Sequence[InstructionPart]) -> list[Answer]:
             return answers_of(reader, self.asked_of(pool, ctx.tokenizer, parts))
 
-        answers = ask(pool, self.parts)
-        lines = [
-            {"task": a.question.task, "prompt": a.question.prompt, "answer": a.text, "right": a.question.references}
-            for a in answers
-        ]
-        atomic_write_text(ctx.run.path("answers.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
-        atomic_write_text(ctx.run.path("by_category.csv"), _by_category(answers))
-        atomic_write_text(ctx.run.path("by_part.csv"), _table(PartGain._fields, self._without(pool, ask)))
+        metrics = leave_answers(ctx.run, ask(pool, self.parts))
+        atomic_write_text(ctx.run.path("by_part.csv"), csv_table(PartGain._fields, self._without(pool, ask)))
         return {
-            "eval/held_out/exact_any": float(np.mean([a.exact for a in answers])),
-            "eval/held_out/rouge_l_any": float(np.mean([a.rouge_l for a in answers])),
+            **metrics,
             **{f"data/{name.replace(' ', '_')}": float(count) for name, count in left_out.items()},
         }
 
@@ -321,32 +313,6 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
     for answer in answers:
         scores.setdefault(answer.question.task, []).append(answer.rouge_l)
     return {task: float(np.mean(values)) for task, values in scores.items()}
-
-
-def _by_category(answers: Sequence[Answer]) -> str:
-    """Figures of each category of held-out tasks, and of all."""
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(answer.question.category, []).append(answer)
-    rows = [
-        (
-            name,
-            len({a.question.task for a in found}),
-            len(found),
-            float(np.mean([a.exact for a in found])),
-            float(np.mean([a.rouge_l for a in found])),
-        )
-        for name, found in [*sorted(groups.items()), ("all", list(answers))]
-    ]
-    return _table(("category", "tasks", "questions", "exact", "rouge_l"), rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:  # Any: texts and figures
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 _README = """Ask it as it was taught: the lines of the task's instruction, then `input: ... output:`, and it writes a
