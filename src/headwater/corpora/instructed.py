@@ -17,7 +17,7 @@ from headwater.core.cache import atomic_write_text
 from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef, Metrics, ModelRef
 from headwater.corpora.base import CorpusRecipe, TableName
-from headwater.modalities.text.docs import Document
+from headwater.modalities.text.docs import CorpusError, Document
 from headwater.modalities.text.instruct import answered, exact_match, rouge_l
 from headwater.modalities.text.instruction_inputs import EncodedInstruction, InstructionEncoder
 from headwater.modalities.text.instructions import PARTS, Instance, Instruction, InstructionPart
@@ -30,16 +30,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Division",
     "InstructedRecipe",
     "Pool",
     "Question",
     "answers_of",
     "as_pairs",
     "csv_table",
+    "divide",
     "leave_answers",
     "shown_apart",
     "usage_of",
 ]
+
+MAX_VALIDATION = 500
+"""Inputs that are kept for validation; one in twenty where that is fewer."""
 
 Pool = Sequence[tuple[Instruction, Sequence[Instance]]]
 """Tasks, each with the instances of it that are meant."""
@@ -129,6 +134,44 @@ def shown_apart(task: Instruction) -> list[Instance]:
     digests = [source_digest(instance.input) for instance in task.instances]
     order = sorted(range(len(digests)), key=digests.__getitem__)
     return [task.instances[place] for place in order if digests[place] not in shown]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which instances are read, which are asked for choosing, and which for the figure; and what was left out."""
+
+    read: Pool
+    valid: Pool
+    asked: Pool
+    counts: dict[str, int]
+
+
+def divide(tasks: Sequence[Instruction], asked: Pool, limit: int | None = None) -> Division:
+    """Give every input one side: it is asked, or it is asked for choosing, or it is read; whatever the task.
+
+    Args:
+        tasks: that are read.
+        asked: what is asked for the figure, of these tasks or of others.
+        limit: instances of a task that are read at most.
+
+    Raises:
+        CorpusError: nothing is left to read, or to ask.
+    """
+    known = {source_digest(instance.input) for _, instances in asked for instance in instances}
+    usable: list[tuple[Instruction, list[tuple[str, Instance]]]] = []
+    counts = {"shown": 0, "asked elsewhere": 0}
+    for task in tasks:
+        apart = [(source_digest(instance.input), instance) for instance in shown_apart(task)]
+        usable.append((task, [pair for pair in apart if pair[0] not in known]))
+        counts["shown"] += len(task.instances) - len(apart)
+        counts["asked elsewhere"] += len(apart) - len(usable[-1][1])
+    inputs = sorted({digest for _, pairs in usable for digest, _ in pairs})
+    kept = set(inputs[: min(MAX_VALIDATION, max(1, len(inputs) // 20))])
+    valid = [(task, [instance for digest, instance in pairs if digest in kept]) for task, pairs in usable]
+    read = [(task, [instance for digest, instance in pairs if digest not in kept][:limit]) for task, pairs in usable]
+    if not any(instances for _, instances in asked) or not any(instances for _, instances in read):
+        raise CorpusError("tasks: no instance is left to learn from or to ask, apart from what the examples show.")
+    return Division(read, valid, asked, counts)
 
 
 class InstructedRecipe(CorpusRecipe, ABC):

@@ -21,7 +21,6 @@ Needs: tasks with instructions; a causal language model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -34,11 +33,13 @@ from headwater.core.stats import paired_bootstrap
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.instructed import (
     Answer,
+    Division,
     InstructedRecipe,
     Pool,
     answers_of,
     as_pairs,
     csv_table,
+    divide,
     leave_answers,
     shown_apart,
     usage_of,
@@ -48,13 +49,12 @@ from headwater.modalities.text.docs import CorpusError
 from headwater.modalities.text.instruct import AnswerFormatter, rouge_l
 from headwater.modalities.text.instruction_inputs import InstructionCollator, InstructionEncoder, encode_instruction
 from headwater.modalities.text.instructions import (
-    Instance,
     Instruction,
     InstructionPart,
     read_tasks,
     tasks_fingerprint,
 )
-from headwater.modalities.text.pairs import Pairs, source_digest
+from headwater.modalities.text.pairs import Pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +72,6 @@ __all__ = [
 ]
 
 By = Literal["random", "category", "source", "task"]
-
-MAX_VALIDATION = 500
-"""Inputs of seen tasks that are kept for validation; one in twenty where that is fewer."""
 
 MAX_WITHOUT = 200
 """Questions that are asked again without each part."""
@@ -182,41 +179,6 @@ def gain_by_part(results: Mapping[str, Mapping[str, float]], reference: str) -> 
     return rows
 
 
-@dataclass(frozen=True)
-class _Division:
-    """Which instances are read, which are asked for choosing, and which for the figure; and what was left out."""
-
-    read: Pool
-    valid: Pool
-    asked: Pool
-    counts: dict[str, int]
-
-
-def _divide(
-    seen: Sequence[Instruction], held: Sequence[Instruction], instances_per_task: int, asked_per_task: int
-) -> _Division:
-    """Every input has one side: asked of held-out tasks, asked of seen tasks, or read."""
-    asked = [(task, shown_apart(task)[:asked_per_task]) for task in held]
-    known = {source_digest(instance.input) for _, instances in asked for instance in instances}
-    usable: list[tuple[Instruction, list[tuple[str, Instance]]]] = []
-    counts = {"shown": 0, "asked elsewhere": 0}
-    for task in seen:
-        apart = [(source_digest(instance.input), instance) for instance in shown_apart(task)]
-        usable.append((task, [pair for pair in apart if pair[0] not in known]))
-        counts["shown"] += len(task.instances) - len(apart)
-        counts["asked elsewhere"] += len(apart) - len(usable[-1][1])
-    inputs = sorted({digest for _, pairs in usable for digest, _ in pairs})
-    kept = set(inputs[: min(MAX_VALIDATION, max(1, len(inputs) // 20))])
-    valid = [(task, [instance for digest, instance in pairs if digest in kept]) for task, pairs in usable]
-    read = [
-        (task, [instance for digest, instance in pairs if digest not in kept][:instances_per_task])
-        for task, pairs in usable
-    ]
-    if not any(instances for _, instances in asked) or not any(instances for _, instances in read):
-        raise CorpusError("tasks: no instance is left to learn from or to ask, apart from what the examples show.")
-    return _Division(read, valid, asked, counts)
-
-
 class NaturalInstructions(InstructedRecipe):
     """Instruction tuning on some tasks, asked about others."""
 
@@ -242,7 +204,7 @@ class NaturalInstructions(InstructedRecipe):
         tasks = read_tasks(self.tasks)
         ctx.run.record_data("tasks", tasks_fingerprint(tasks))
         seen, held = self._split(tasks)
-        division = _divide(seen, held, self.instances_per_task, self.asked_per_task)
+        division = self._divided(seen, held)
         documents, too_long = self.read_of(division.read, ctx.tokenizer)
         if too_long:
             ctx.warn("long", f"{too_long} instances are longer than max_input_tokens or seq_len and were left out")
@@ -265,7 +227,7 @@ class NaturalInstructions(InstructedRecipe):
         from headwater.modalities.models import load_tokenizer
 
         tokenizer = load_tokenizer(self.model)
-        division = self._division()
+        division = self._divided(*self._split(read_tasks(self.tasks)))
         pools = {"held_out": division.asked, "valid": division.valid}
         own = {name: as_pairs(self.asked_of(pool, tokenizer)) for name, pool in pools.items()}
         if empty := [name for name, pairs in own.items() if not len(pairs)]:
@@ -278,15 +240,16 @@ class NaturalInstructions(InstructedRecipe):
         except ValueError as error:
             raise CorpusError(f"tasks: {error}") from None
 
-    def _division(self) -> _Division:
-        seen, held = self._split(read_tasks(self.tasks))
-        return _divide(seen, held, self.instances_per_task, self.asked_per_task)
+    def _divided(self, seen: Sequence[Instruction], held: Sequence[Instruction]) -> Division:
+        asked = [(task, shown_apart(task)[: self.asked_per_task]) for task in held]
+        return divide(seen, asked, self.instances_per_task)
 
     def _examine(self, model: PreTrainedModel, ctx: CorpusContext, left_out: Mapping[str, int]) -> Metrics:
         """Ask the held-out tasks, judge by all references, and ask again without each part."""
         from headwater.corpora.evaluation import pair_reader
 
-        reader, pool = pair_reader(ctx, model), self._division().asked
+        reader = pair_reader(ctx, model)
+        pool = self._divided(*self._split(read_tasks(self.tasks))).asked
 
         def ask(pool: Pool, parts: Sequence[InstructionPart]) -> list[Answer]:
             return answers_of(reader, self.asked_of(pool, ctx.tokenizer, parts))
