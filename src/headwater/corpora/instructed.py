@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from headwater.core.run import Run
 
 __all__ = [
+    "README",
     "Answer",
     "Division",
     "InstructedRecipe",
@@ -42,6 +43,10 @@ __all__ = [
     "shown_apart",
     "usage_of",
 ]
+
+README = """Ask it as it was taught: the lines of the task's instruction, then `input: ... output:`, and it writes a
+space, the output and its end token. `corpus.json` says which parts of an instruction it read; `answers.jsonl` beside
+this directory has examples. `headwater.modalities.text.instruction_inputs.encode_instruction` writes such a prompt."""
 
 MAX_VALIDATION = 500
 """Inputs that are kept for validation; one in twenty where that is fewer."""

@@ -32,6 +32,7 @@ from headwater.core.rng import numpy_generator
 from headwater.core.stats import paired_bootstrap
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.instructed import (
+    README,
     Answer,
     Division,
     InstructedRecipe,
@@ -218,7 +219,7 @@ class NaturalInstructions(InstructedRecipe):
             {"seen": documents},
             examine=lambda model: self._examine(model, ctx, left_out),
             usage=usage_of(self),
-            readme=_README,
+            readme=README,
             files=("split.json", "answers.jsonl", "by_category.csv", "by_part.csv"),
         )
 
@@ -276,8 +277,3 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, float]:
     for answer in answers:
         scores.setdefault(answer.question.task, []).append(answer.rouge_l)
     return {task: float(np.mean(values)) for task, values in scores.items()}
-
-
-_README = """Ask it as it was taught: the lines of the task's instruction, then `input: ... output:`, and it writes a
-space, the output and its end token. `corpus.json` says which parts of an instruction it read; `answers.jsonl` beside
-this directory has examples. `headwater.modalities.text.instruction_inputs.encode_instruction` writes such a prompt."""

@@ -277,8 +277,9 @@ def tasks_from_rows(
     """Tasks from rows, one per instance and right output; rows of one task and input are one instance.
 
     Args:
-        rows: with ``task_name``, the input, the output and, where there are any, ``definition``, ``category`` and
-            ``source``; what a task's first row says of it holds.
+        rows: with the input, the output and, where there are any, ``task_name``, ``definition``, ``category`` and
+            ``source``; what a task's first row says of it holds. Rows without a name are one task, ``rows``, such as
+            prompts and answers of many kinds.
         input_field: column of the input.
         label_field: column of the output.
 
@@ -288,9 +289,9 @@ def tasks_from_rows(
     about: dict[str, Mapping[str, Any]] = {}
     outputs: dict[str, dict[str, list[Any]]] = {}
     for number, row in enumerate(rows):
-        if lacking := [key for key in ("task_name", input_field, label_field) if key not in row]:
+        if lacking := [key for key in (input_field, label_field) if key not in row]:
             raise CorpusError(f"tasks: row {number} has no column {lacking[0]!r}; it has {', '.join(row)}.")
-        name = str(row["task_name"])
+        name = str(row.get("task_name", "rows"))
         about.setdefault(name, row)
         outputs.setdefault(name, {}).setdefault(row[input_field], []).append(row[label_field])
     return [
