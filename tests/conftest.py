@@ -372,6 +372,19 @@ def instructed_fields(corpora_fields: dict[str, object], task_files: Path) -> di
 
 
 @pytest.fixture(scope="session")
+def specialist_fields(instructed_fields: dict[str, object], task_files: Path) -> dict[str, object]:
+    """The same tasks, two of them as a target and the others as the generalist set."""
+    fields = {name: value for name, value in instructed_fields.items() if name not in ("tasks", "held")}
+    target = task_files.with_name("target")
+    broad = task_files.with_name("broad")
+    for number, file in enumerate(sorted(task_files.iterdir())):
+        side = target if number in (0, 3) else broad
+        side.mkdir(exist_ok=True)
+        (side / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    return {**fields, "specialist": str(target), "generalist": str(broad), "n_specialist": 20}
+
+
+@pytest.fixture(scope="session")
 def levi_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make the layer-wise ensemble run in about a second: an encoder and six classes of text."""
     return {
