@@ -16,6 +16,11 @@ inputs, which the stage refuses where nothing but the input is read. Fixed by a 
 instances of a task and 10 questions on each that is held out, where 200 and 20 were written first, and a fourth arm of
 the definition and two fields where all six parts were. The pilot showed that the model learns seen tasks from
 definitions within the 400 steps, and not yet from solved examples, whose inputs are three times as long.
+
+A first small run was stopped after its first seed, 100, since the precondition could no longer be met: three rates up
+to 1.2e-2 all solved the world that they were chosen in, a difference of 1e-5 bits chose the highest, and with it the
+model learned no task of seed 100. 1.2e-2 had failed in a pilot on seed 0 as well. The rates were halved, nothing else
+was changed, and the claim is judged on seeds that the first run did not touch.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from headwater.modalities.text.tokenizers import word_tokenizer
 __all__ = ["CLAIM", "World", "make_world"]
 
 TUNING_SEED = 1000
-LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 LEARNED = 0.9
 KINDS = 8
 HELD_PER_OPENING = 2
@@ -276,6 +281,6 @@ CLAIM = Claim(
     ),
     rival="none",
     preconditions=(f"with the definition, at least {LEARNED:.0%} of the answers on seen tasks are right",),
-    seeds={"smoke": (100,), "small": (100, 101, 102)},
+    seeds={"smoke": (100,), "small": (103, 104, 105)},
     measure=measure,
 )

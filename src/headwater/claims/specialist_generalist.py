@@ -33,7 +33,7 @@ from headwater.corpora.specialist_generalist import Cell, coverage, gain_table
 __all__ = ["CLAIM", "Targets", "make_targets"]
 
 TUNING_SEED = 1000
-LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 LEARNED = 0.9
 BROAD = 12
 ARMS: dict[str, dict[str, Any]] = {  # Any: recipe fields
