@@ -390,6 +390,58 @@ def entigraph_fields(
 
 
 @pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of six tasks of Natural Instructions: two categories, three data sets, thirty instances each."""
+    root = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    for number, (kind, word) in enumerate((k, w) for k in ("domain", "general") for w in SYLLABLES[k][:3]):
+        inputs = [" ".join(rng.choice([*SYLLABLES["domain"], *SYLLABLES["general"]], size=4)) for _ in range(34)]
+        solved = [{"input": text, "output": [f"{word} {text}"]} for text in inputs]
+        shown = [{"input": text, "output": f"{word} {text}", "reason": "so it is"} for text in inputs[30:32]]
+        wrong = [{"input": text, "output": text, "reason": "-", "suggestion": f"{word}"} for text in inputs[32:]]
+        task = {
+            "Title": f"{word} first",
+            "Prompt": f"write {word}",
+            "Definition": f"write {word} and copy",
+            "Things to Avoid": "-",
+            "Emphasis & Caution": "copy all",
+            "Examples": {"Positive Examples": shown, "Negative Examples": wrong},
+            "Instances": solved[:30],
+            "Categories": [kind],
+            "Source": [f"set{number % 3}"],
+        }
+        (root / f"task{number:02d}_{word}.json").write_text(json.dumps(task), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def instructed_fields(corpora_fields: dict[str, object], task_files: Path) -> dict[str, object]:
+    """Those of the stage, with tasks to read in the place of texts."""
+    return {
+        **corpora_fields,
+        "sources": {},
+        "tasks": str(task_files),
+        "held": 2,
+        "asked_per_task": 4,
+        "max_answer": 16,
+        "max_input_tokens": 40,
+    }
+
+
+@pytest.fixture(scope="session")
+def specialist_fields(instructed_fields: dict[str, object], task_files: Path) -> dict[str, object]:
+    """The same tasks, two of them as a target and the others as the generalist set."""
+    fields = {name: value for name, value in instructed_fields.items() if name not in ("tasks", "held")}
+    target = task_files.with_name("target")
+    broad = task_files.with_name("broad")
+    for number, file in enumerate(sorted(task_files.iterdir())):
+        side = target if number in (0, 3) else broad
+        side.mkdir(exist_ok=True)
+        (side / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    return {**fields, "specialist": str(target), "generalist": str(broad), "n_specialist": 20}
+
+
+@pytest.fixture(scope="session")
 def levi_fields(tiny_encoder: Path, labelled: dict[str, Path]) -> dict[str, object]:
     """Fields that make the layer-wise ensemble run in about a second: an encoder and six classes of text."""
     return {

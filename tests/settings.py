@@ -288,6 +288,8 @@ METHODS: dict[str, Setting] = {
     ),
     "skill_localization": Setting(fixture="localization_fields", opens=opens_as_language_model),
     "speech_continued": Setting(fixture="speech_fields", opens=opens_as_speech),
+    "natural_instructions": Setting(fixture="instructed_fields", opens=opens_as_language_model),
+    "specialist_generalist": Setting(fixture="specialist_fields", opens=opens_as_language_model),
     "gram": Setting(fixture="pairs_fields", opens=opens_as_safetensors),
     "phatgoose": Setting(fixture="routed_fields", opens=runs_the_code_of_its_readme),
     "preprocessing": Setting(fixture="image_fields", opens=opens_beside_its_image_processor),

@@ -31,10 +31,28 @@ from headwater.modalities.text.score import Scored, bits_per_byte
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "pair_reader"]
 
 MIDWAY_CHARS = 12_000
 MIDWAY_DOCUMENT_CHARS = 1_000
+
+
+def pair_reader(ctx: CorpusContext, model: nn.Module) -> PairModel:
+    """The model as it is asked the recipe's questions.
+
+    Raises:
+        CorpusError: ``max_answer`` leaves no room for a question.
+    """
+    recipe, tokenizer = ctx.recipe, ctx.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    room = recipe.seq_len - recipe.max_answer
+    if room < 2:
+        raise CorpusError(
+            f"max_answer ({recipe.max_answer}) leaves no room for a question in seq_len {recipe.seq_len}; lower it."
+        )
+    return PairModel(model, tokenizer, "causal", room, recipe.max_answer, recipe.join)
 
 
 class Evaluation:
@@ -81,22 +99,9 @@ class Evaluation:
             return {"valid/bpb": self._score(model, self.sub).bits_per_byte, **further}
         return {"valid/bpb": float(np.sum(self._answer_bits(model, self.asked["valid"])[0])), **further}
 
-    def _reader(self, model: nn.Module) -> PairModel:
-        recipe = self.ctx.recipe
-        tokenizer = self.ctx.tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.pad_token = tokenizer.eos_token
-        room = recipe.seq_len - recipe.max_answer
-        if room < 2:
-            raise CorpusError(
-                f"max_answer ({recipe.max_answer}) leaves no room for a question in seq_len {recipe.seq_len}; lower it."
-            )
-        return PairModel(model, tokenizer, "causal", room, recipe.max_answer, recipe.join)
-
     def _answer_bits(self, model: nn.Module, pairs: Pairs) -> tuple[NDArray[np.float64], float]:
         """Bits of each answer over the bytes of all, so that they sum to bits per byte, ``(n,)``; nats per token."""
-        reader = self._reader(model)
+        reader = pair_reader(self.ctx, model)
         counts = np.array([len(ids) for ids in reader.encode_targets(pairs.targets)])
         nats = reader.nats(pairs) * counts
         size = sum(len(target.encode("utf-8", "surrogatepass")) for target in pairs.targets)
@@ -104,7 +109,7 @@ class Evaluation:
 
     def _ask(self, model: nn.Module, name: str, pairs: Pairs, items: dict[str, Any]) -> Metrics:  # Any: JSON data
         place = "valid" if name == "valid" else f"eval/{name}"
-        answers = self._reader(model).answers(pairs.sources)
+        answers = pair_reader(self.ctx, model).answers(pairs.sources)
         bits, nll = self._answer_bits(model, pairs)
         judged = list(zip(answers, pairs.targets, strict=True))
         scores = {
