@@ -264,7 +264,7 @@ def test_property_claim_report(tmp_path: Path, outcome: str, words: str) -> None
 
 
 def test_rejects_directory_without_results(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no leaderboard\.json, verdict\.json or result\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no leaderboard\.json, verdict\.json, result\.json"):
         write_report(tmp_path)
 
 

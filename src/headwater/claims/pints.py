@@ -250,8 +250,8 @@ def tokens_to_target(curve: Sequence[tuple[float, float]], target: float) -> flo
         None where it never does; the first point's tokens where that is below the target already.
 
     Example:
-        >>> tokens_to_target([(100, 4.0), (400, 2.0), (800, 1.0)], 3.0)
-        200.0
+        >>> round(tokens_to_target([(100, 4.0), (400, 2.0), (800, 1.0)], 3.0))
+        200
     """
     before = None
     for tokens, bits in curve:
