@@ -158,6 +158,89 @@ def test_fault_a_broken_document_is_kept_with_its_error(tmp_path: Path) -> None:
         curate(store, [Shout()], tmp_path / "d", max_errors=1)
 
 
+class Choosy:
+    """A scorer that breaks on a whole batch for one text of it."""
+
+    fingerprint = "choosy"
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        if any("w03" in text for text in texts):
+            raise ValueError("cannot score w03")
+        return np.array([float(len(text)) for text in texts])
+
+
+class Every(BaseFormatter):
+    """Gives back every other document, and is no filter."""
+
+    name = "every other"
+
+    def format(self, text: str) -> str:
+        return text
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        for number, document in enumerate(data):
+            if number % 2:
+                yield document
+
+
+def test_fault_one_text_of_a_batch_breaks_a_scorer_and_the_others_are_scored(
+    store: DocumentStore, tmp_path: Path
+) -> None:
+    done = curate(store, [Score("size", Choosy()), Keep("size > 0")], tmp_path / "c")
+    bad = [d.id for d in store if "w03" in d.text]
+    assert len(bad) > 3
+    assert [row["id"] for row in rows(tmp_path / "c", "errors")] == bad
+    assert [d.id for d in done.documents] == [d.id for d in store if d.id not in bad]
+    assert [d.meta["size"] for d in done.documents] == [len(d.text) for d in done.documents]
+
+
+def test_fault_an_error_before_a_batch_is_not_taken_for_the_batchs(store: DocumentStore, tmp_path: Path) -> None:
+    class Late(Keep):
+        def filter(self, doc: Any) -> Any:
+            if int(doc.id[1:]) >= 150:
+                raise OSError("the disk went away")
+            return True
+
+    with pytest.raises(RuntimeError, match="broke on 4 documents of shard 0"):
+        curate(store, [Late("n >= 0"), Score("words", Words())], tmp_path / "c", max_errors=3)
+    assert not list(rows(tmp_path / "c", "errors"))[4:]
+    assert not (tmp_path / "c" / "stages" / "00" / "logs" / "completions" / "00000").exists()
+
+
+def test_property_what_a_step_does_not_give_back_is_kept(store: DocumentStore, tmp_path: Path) -> None:
+    done = curate(store, [Every(), Score("words", Words())], tmp_path / "c")
+    assert [d.id for d in done.documents] == [d.id for d in store][1::2]
+    removed = list(rows(tmp_path / "c", "removed"))
+    assert [row["id"] for row in removed] == [d.id for d in store][::2]
+    assert {row["filter_reason"] for row in removed} == {"not given back"}
+
+
+def test_property_a_removed_document_is_as_it_came(tmp_path: Path) -> None:
+    class Mangle(BaseFilter):
+        name = "mangle"
+
+        def filter(self, doc: Any) -> Any:
+            doc.text = doc.text.upper()
+            return doc.id != "1"
+
+    documents = [Document(str(i), f"text {i}", {"text": "other", "n": i}) for i in range(3)]
+    done = curate(write_documents(documents, tmp_path / "s.arrow"), [Mangle()], tmp_path / "c")
+    assert [row["text"] for row in rows(tmp_path / "c", "removed")] == ["text 1"]
+    assert [d.text for d in done.documents] == ["TEXT 0", "TEXT 2"]
+    assert done.documents[0].meta["meta_text"] == "other"
+
+
+def test_rejects_other_metadata_under_the_same_texts(tmp_path: Path) -> None:
+    for year in (1, 2):
+        documents = [Document(str(i), f"text {i}", {"year": i * year}) for i in range(4)]
+        store = write_documents(documents, tmp_path / f"{year}.arrow")
+        if year == 1:
+            assert len(curate(store, [Keep("year > 2")], tmp_path / "c").documents) == 1
+        else:
+            with pytest.raises(CurationChanged, match="documents was"):
+                curate(store, [Keep("year > 2")], tmp_path / "c")
+
+
 def test_fault_an_interrupted_curation_goes_on(store: DocumentStore, tmp_path: Path) -> None:
     class Stop(Keep):
         def filter(self, doc: Any) -> Any:

@@ -88,6 +88,8 @@ def test_property_what_is_saved_scores_the_same(tmp_path: Path) -> None:
         loaded.fingerprint == model.fingerprint != QualityClassifier().fit(GOOD + BAD, [0] * 40 + [1] * 40).fingerprint
     )
     assert loaded.predict(GOOD[:1]).tolist() == [1]
+    with pytest.raises(ValueError, match="does not learn on"):
+        loaded.partial_fit(GOOD, [1] * 40)
     about = tmp_path / "m" / "quality.json"
     about.write_text(about.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ValueError, match="written by a later version"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ __all__ = ["Array", "ScoredClassifier", "checked_labelled", "checked_rows"]
 Array = np.ndarray[Any, Any] | Tensor
 
 
-class ScoredClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no annotations
+class ScoredClassifier(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn has no annotations
     """A classifier whose answers are those of its logits; a subclass fits, and fills in ``_scores``."""
 
     classes_: Any  # Any: labels ``(C,)``, an array or a tensor
 
+    @abstractmethod
     def _scores(self, X: Array) -> Any:  # Any: of X's library
         """Logits, ``(N, C)``."""
-        raise NotImplementedError
 
     def decision_function(self, X: Array) -> Any:
         """Return logits, ``(N, C)``; for two classes the second minus the first, ``(N,)``, as scikit-learn has it."""

@@ -78,7 +78,7 @@ class Executor:
     kind: str = "local"
     workers: int = 1
     address: str | None = None
-    gigabytes: float = 1.0
+    gigabytes: float = 2.0
 
     def run(self, pipeline: Sequence[Any], tasks: int, logs: Path) -> None:  # Any: blocks of datatrove
         """Run a pipeline over ``tasks`` shards; those that are complete are left alone.
@@ -198,7 +198,8 @@ def curate(
     """
     stages = _stages(steps)
     shards = max(1, -(-len(documents) // shard_documents))
-    head = {"version": _VERSION, "documents": documents.fingerprint, "shard_documents": shard_documents}
+    read = f"{documents.fingerprint} {documents.metadata_fingerprint}"
+    head = {"version": _VERSION, "documents": read, "shard_documents": shard_documents}
     settings = [[settings_of(step) for step in stage] for stage in stages]
     _settle(directory, head, settings, overwrite=overwrite)
     found: list[StepCount] = []
@@ -351,7 +352,8 @@ def _run_stage(
     for position, step in enumerate(steps):
         name = "near-duplicates" if isinstance(stage[position], Dedup) else _readable(step)
         label = f"{place.number:02d}-{position:02d}"
-        guards.append(Guard(step, name, label, place.directory, max_errors=max_errors, samples=samples))
+        allowed = None if isinstance(stage[position], Dedup) else max_errors
+        guards.append(Guard(step, name, label, place.directory, max_errors=allowed, samples=samples))
     ledger = Ledger(guards, place.output, place.own / "ledger")
     executor.run([source, *guards, Kept(place.output), ledger], shards, place.own / "logs")
 

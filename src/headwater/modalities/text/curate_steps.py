@@ -83,31 +83,42 @@ class StageDocuments(PipelineStep):  # type: ignore[misc]
 
 
 class _Watched:
-    """Documents on their way into a step: counts them, and remembers those that it has not given back."""
+    """Documents on their way into a step: counts them, and remembers those that it has not given back, in order."""
 
     def __init__(self, documents: Iterator[Document]) -> None:
         self._documents = documents
         self.inside: dict[int, tuple[Document, str]] = {}
         self.count = self.bytes = 0
         self.seconds = 0.0
-        self.ended = False
+        self.ended = self.failed = False
 
     def __iter__(self) -> Iterator[Document]:
         return self
 
     def __next__(self) -> Document:
         begin = time.perf_counter()
+        self.failed = True  # unless what stands before the step gives a document, or ends
         try:
             document = next(self._documents)
         except StopIteration:
-            self.ended = True
+            self.ended, self.failed = True, False
             raise
         finally:
             self.seconds += time.perf_counter() - begin
+        self.failed = False
         self.inside[id(document)] = document, document.text
         self.count += 1
         self.bytes += size_of(document)
         return document
+
+    def left(self, document: Document) -> tuple[str | None, list[Document]]:
+        """A document has left the step: the text it came with (None for a new one), and those that stood before it."""
+        if id(document) not in self.inside:
+            return None, []
+        before = []
+        while (entry := self.inside.pop(next(iter(self.inside))))[0] is not document:
+            before.append(entry[0])
+        return entry[1], before
 
 
 class _Removed:
@@ -123,107 +134,135 @@ class _Removed:
         """The guard closes the file."""
 
     def write(self, document: Document, rank: int = 0, **names: object) -> None:
-        reason = str(document.metadata.get("filter_reason", self._guard.name))
-        self._guard.removed[reason] += 1
-        self._guard.sample("removed", document.text, reason)
-        document.metadata["removed_by"] = self._guard.label
-        self._guard.forget(document)
+        guard = self._guard
+        reason = str(document.metadata.get("filter_reason", guard.name))
+        guard.removed[reason] += 1
+        _, document.text = guard.source.inside.pop(id(document), (document, document.text))  # as it came
+        guard.sample("removed", document.text, reason)
+        document.metadata["removed_by"] = guard.label
         self._writer.write(document, rank)
 
 
 class Guard(PipelineStep):  # type: ignore[misc]
     """Runs a step: keeps what it drops, and goes on after a document that breaks it.
 
+    Steps give documents back in the order in which they take them, as datatrove's do. Where one breaks with several in
+    hand, each of these is given to it alone.
+
     Args:
         step: a block of datatrove.
         name: of the step, in the manifest and the reports.
         label: the step's folder below ``removed`` and ``errors``.
         directory: of the curation.
-        max_errors: documents of a shard that may break the step.
+        max_errors: documents of a shard that may break the step; None: an error ends the shard, for a step that counts
+            documents and so cannot begin again.
         samples: texts to show of what it dropped, changed and left as it was; that many of each.
     """
 
     type = "headwater"
 
-    def __init__(self, step: Any, name: str, label: str, directory: Path, *, max_errors: int, samples: int) -> None:
+    def __init__(
+        self, step: Any, name: str, label: str, directory: Path, *, max_errors: int | None, samples: int
+    ) -> None:
         super().__init__()
         self.step, self.name, self.label, self.directory = step, name, label, directory
         self.max_errors, self.samples = max_errors, samples
         self.removed: Counter[str] = Counter()
         self.shown: list[dict[str, str]] = []
         self.counts: dict[str, Any] = {}
-        self._source: _Watched | None = None
+        self.source = _Watched(iter(()))
+        self._errors = 0
 
     def sample(self, fate: str, text: str, note: str = "") -> None:
         """Remember a text for the report, if there are not enough of its fate; ``note``: why, or what it became."""
         if sum(sample["fate"] == fate for sample in self.shown) < self.samples:
             self.shown.append({"fate": fate, "text": text[:SAMPLE_CHARS], "note": note[:SAMPLE_CHARS]})
 
-    def forget(self, document: Document) -> tuple[Document, str] | None:
-        """A document has left the step; return it with the text that it came with."""
-        return None if self._source is None else self._source.inside.pop(id(document), None)
-
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield what the step yields."""
-        self._source = source = _Watched(iter(data))
+        self.source = source = _Watched(iter(data))
         self.removed.clear()
         self.shown.clear()
-        removed = JsonlWriter(str(self.directory / "removed" / self.label), adapter=flat)
-        broken = JsonlWriter(str(self.directory / "errors" / self.label), adapter=flat)
-        for writer in (removed, broken):  # of an earlier, interrupted try
-            Path(
-                self.directory, "removed" if writer is removed else "errors", self.label, f"{rank:05d}.jsonl.gz"
-            ).unlink(missing_ok=True)
-        if hasattr(self.step, "exclusion_writer"):
-            self.step.exclusion_writer = _Removed(self, removed)
-        counts = {"docs_out": 0, "bytes_out": 0, "changed": 0, "errors": 0}
+        self._errors = 0
+        counts = {"docs_out": 0, "bytes_out": 0, "changed": 0}
         scores: list[float] = []
         begin, elsewhere = time.perf_counter(), 0.0
-        with removed, broken:
-            while not source.ended:
-                try:
-                    for document in self.step.run(source, rank, world_size):
-                        known = self.forget(document)
-                        if known is not None and known[1] != document.text:
-                            counts["changed"] += 1
-                            self.sample("changed", known[1], document.text)
-                        else:
-                            self.sample("kept", document.text)
-                        counts["docs_out"] += 1
-                        counts["bytes_out"] += size_of(document)
-                        self._note_score(document, scores)
-                        left = time.perf_counter()
-                        yield document
-                        elsewhere += time.perf_counter() - left
-                except Exception as error:  # a step may raise anything; the document is kept in errors/
-                    stuck = list(source.inside.values())
-                    if not stuck:  # nothing of ours broke it
-                        raise
-                    source.inside.clear()
-                    for document, text in stuck:
-                        document.text = text
-                        document.metadata |= {"error": repr(error), "traceback": traceback.format_exc()}
-                        broken.write(document, rank)
-                    counts["errors"] += len(stuck)
-                    if counts["errors"] > self.max_errors:
-                        raise RuntimeError(
-                            f"step {self.name!r} broke on {counts['errors']} documents of shard {rank}, more than "
-                            f"max_errors={self.max_errors}; the last error: {error!r}. They are in "
-                            f"{self.directory / 'errors' / self.label}."
-                        ) from error
-        for _, text in source.inside.values():  # dropped by a step that is no filter
-            self.removed["dropped by the step"] += 1 if text is not None else 0
-        seconds = time.perf_counter() - begin - elsewhere - source.seconds
+        with self._writer("removed", rank) as writer, self._writer("errors", rank) as broken:
+            removed = _Removed(self, writer)
+            if hasattr(self.step, "exclusion_writer"):
+                self.step.exclusion_writer = removed
+            for document in self._survivors(broken, rank, world_size):
+                text, before = source.left(document)
+                self._drop(before, removed, rank)
+                if text is not None and text != document.text:
+                    counts["changed"] += 1
+                    self.sample("changed", text, document.text)
+                else:
+                    self.sample("kept", document.text)
+                counts["docs_out"] += 1
+                counts["bytes_out"] += size_of(document)
+                self._note_score(document, scores)
+                left = time.perf_counter()
+                yield document
+                elsewhere += time.perf_counter() - left
+            self._drop([document for document, _ in source.inside.values()], removed, rank)
         self.counts = {
             "name": self.name,
             "docs_in": source.count,
             "bytes_in": source.bytes,
             **counts,
+            "errors": self._errors,
             "removed": dict(self.removed),
-            "seconds": seconds,
+            "seconds": time.perf_counter() - begin - elsewhere - source.seconds,
             "scores": scores,
             "samples": list(self.shown),
         }
+
+    def _survivors(self, broken: JsonlWriter, rank: int, world_size: int) -> Iterator[Document]:
+        """What the step gives back, through as many beginnings as it takes."""
+        source = self.source
+        while not source.ended:
+            try:
+                yield from self.step.run(source, rank, world_size)
+            except Exception as error:  # a step may raise anything; the document is kept in errors/
+                if source.failed or self.max_errors is None or not source.inside:  # none of this step's documents
+                    raise
+                stuck = list(source.inside.values())
+                source.inside.clear()
+                if len(stuck) == 1 or not self.max_errors:  # where none may break, the step is not asked again
+                    self._set_aside(*stuck[0], error, broken, rank)
+                    continue
+                for document, text in stuck:
+                    document.text = text
+                    source.inside[id(document)] = document, text
+                    try:
+                        yield from self.step.run(iter([document]), rank, world_size)
+                    except Exception as own:  # noqa: BLE001  # as above
+                        source.inside.pop(id(document), None)
+                        self._set_aside(document, text, own, broken, rank)
+
+    def _set_aside(self, document: Document, text: str, error: Exception, broken: JsonlWriter, rank: int) -> None:
+        self._errors += 1
+        document.text = text
+        document.metadata |= {"error": repr(error), "traceback": "".join(traceback.format_exception(error))}
+        broken.write(document, rank)
+        if self.max_errors is not None and self._errors > self.max_errors:
+            raise RuntimeError(
+                f"step {self.name!r} broke on {self._errors} documents of shard {rank}, more than "
+                f"max_errors={self.max_errors}; the last error: {error!r}. They are in "
+                f"{self.directory / 'errors' / self.label}."
+            ) from error
+
+    def _drop(self, documents: Sequence[Document], removed: _Removed, rank: int) -> None:
+        """Keep what a step that is no filter did not give back."""
+        for document in documents:
+            document.metadata["filter_reason"] = "not given back"
+            removed.write(document, rank)
+
+    def _writer(self, kind: str, rank: int) -> JsonlWriter:
+        folder = self.directory / kind / self.label
+        (folder / f"{rank:05d}.jsonl.gz").unlink(missing_ok=True)  # of an earlier, interrupted try
+        return JsonlWriter(str(folder), adapter=flat)
 
     def _note_score(self, document: Document, scores: list[float]) -> None:
         field = getattr(self.step, "field", None)
@@ -237,8 +276,12 @@ def size_of(document: Document) -> int:
 
 
 def flat(writer: Any, document: Document) -> dict[str, Any]:  # Any: datatrove passes its writer first
-    """A document as one row: ``id``, ``text`` and its metadata as columns, which every reader of JSON lines takes."""
-    return {"id": document.id, "text": document.text, **document.metadata}
+    """A document as one row: ``id``, ``text`` and its metadata as columns, which every reader of JSON lines takes.
+
+    Metadata of those two names become ``meta_id`` and ``meta_text``.
+    """
+    meta = {f"meta_{key}" if key in ("id", "text") else key: value for key, value in document.metadata.items()}
+    return {**meta, "id": document.id, "text": document.text}
 
 
 class Kept(JsonlWriter):  # type: ignore[misc]

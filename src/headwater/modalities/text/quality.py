@@ -152,8 +152,14 @@ class QualityClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         return self._taken()
 
     def partial_fit(self, X: Sequence[str], y: ArrayLike, classes: ArrayLike | None = None) -> Self:
-        """Learn from further texts, once; ``classes`` names both labels at the first call."""
+        """Learn from further texts, once; ``classes`` names both labels at the first call.
+
+        Raises:
+            ValueError: it was loaded, without what learning would go on from.
+        """
         if not hasattr(self, "_model"):
+            if hasattr(self, "coef_"):
+                raise ValueError("a classifier that was loaded scores and does not learn on; fit a new one.")
             self._begin()
         self._model.partial_fit(self._features(X), np.asarray(y), classes=classes)
         return self._taken()
@@ -294,10 +300,13 @@ class HFScorer:
         if self._opened is None:
             from transformers import AutoModelForSequenceClassification
 
-            from headwater.modalities.models import load_tokenizer
+            from headwater.modalities.models import load_tokenizer, model_directory
 
             model = AutoModelForSequenceClassification.from_pretrained(
-                str(self.model.path) if self.model.kind == "local" else self.model.name, revision=self.model.revision
+                model_directory(self.model),
+                revision=self.model.revision,
+                trust_remote_code=self.model.trust_remote_code,
+                use_safetensors=True,
             ).eval()
             labels = {str(name): int(place) for place, name in model.config.id2label.items()}
             if self.label not in labels:
