@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tests.conftest import prox_annotations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from headwater.claims.prox import Dirty, Rules, debris_line, plant, tuned_rules
-from headwater.core.recipe import RecipeError, load_recipe
+from headwater.claims.prox import Rules, tuned_rules
+from headwater.core.recipe import CorpusRef, RecipeError, load_recipe
 from headwater.core.run import Result, execute
 from headwater.corpora.prox_generator import ProgramGenerator, annotate_seed, sft_dataset
 from headwater.corpora.prox_lines import LineProgrammer
@@ -43,9 +43,12 @@ from headwater.corpora.prox_programs import (
 )
 from headwater.corpora.prox_step import RunPrograms, WrongLanguage
 from headwater.modalities.text.curate import curate
+from headwater.modalities.text.debris import ANNOTATED, Dirty, debris_line, plant
 from headwater.modalities.text.docs import CorpusError, Document
+from headwater.modalities.text.docstrings import docstring_corpus
 from headwater.modalities.text.document_store import write_documents
 from headwater.modalities.text.generate import HTTPSpec, Message, ScriptedGenerator
+from headwater.modalities.text.sources import open_corpus
 
 Fields = dict[str, Any]
 LINES = [f"this is line number {i} of the text" for i in range(6)]
@@ -241,9 +244,19 @@ def test_oracle_agrees_with_the_authors_order_where_no_newline_is_replaced(data:
 def test_oracle_the_true_programs_of_planted_debris_give_the_clean_text() -> None:
     documents = [Document(str(i), "\n".join(LINES[: 2 + i % 5])) for i in range(40)]
     for dirty in plant(documents, np.random.default_rng(0)):
-        program, errors = parse_program(render_program(dirty.program))
+        program, errors = parse_program(dirty.program)
         assert errors == 0
         assert run_program(dirty.text, program, ANY).text == dirty.clean
+
+
+def test_oracle_the_builtin_annotations_are_true() -> None:
+    documents = list(open_corpus(CorpusRef(name="headwater:debris"), role="annotations"))
+    clean = {d.id: d.text for d in docstring_corpus(ANNOTATED)}
+    assert len(documents) == 300
+    for document in documents:
+        program, errors = parse_program(document.meta["program"])
+        assert errors == 0
+        assert run_program(document.text, program, ANY).text == clean.get(document.id, "")
 
 
 # -- chunks
@@ -293,7 +306,7 @@ def learned() -> tuple[LineProgrammer, list[Dirty], list[Dirty]]:
         ]
         documents.append(Document(str(i), "\n".join(lines)))
     dirty = plant(documents, rng)
-    model = LineProgrammer().fit([d.text for d in dirty[:60]], [d.program for d in dirty[:60]])
+    model = LineProgrammer().fit([d.text for d in dirty[:60]], [parse_program(d.program)[0] for d in dirty[:60]])
     return model, dirty[:60], dirty[60:]
 
 
@@ -304,7 +317,7 @@ def lines() -> tuple[LineProgrammer, list[Dirty], list[Dirty]]:
 
 def test_learns_to_remove_lines_that_it_has_not_seen(lines: tuple[LineProgrammer, list[Dirty], list[Dirty]]) -> None:
     model, _, unseen = lines
-    truth = [removed_lines(d.program, d.text.count("\n") + 1) for d in unseen]
+    truth = [d.gone for d in unseen]
     found = [removed_lines(p, len(t)) for p, t in zip(model.predict([d.text for d in unseen]), truth, strict=True)]
     right = np.concatenate(truth) == np.concatenate(found)
     assert right.mean() > 0.97  # the commoner answer is right for about two thirds

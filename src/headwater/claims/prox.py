@@ -13,7 +13,8 @@ Each arm chooses its learning rate from the same three on a seed of its own, by 
 
 What was fixed by looking at the raw and the clean arm alone: soup is of digits and symbols, so that half of the debris
 passes the rules; input and output embeddings are not shared, without which 300 steps left both arms near the frequency
-of pairs; and learning rates are no higher than 4e-3, above which the clean arm, not the raw one, was unstable.
+of pairs; learning rates are no higher than 4e-3, above which the clean arm, not the raw one, was unstable; and a step
+reads 512 tokens, since with half as many steps of twice as many the clean arm was hardly better than the raw one.
 
 What it does not test: a language model that writes the programs, replacements inside lines, and documents that no
 truth is known of. The programmer costs no more than the tokenizer, so no variant counts it against the training.
@@ -38,26 +39,18 @@ from headwater.core.claim import Claim, Measured, Part, Scale
 from headwater.core.recipe import Recipe, load_recipe
 from headwater.core.rng import numpy_generator
 from headwater.core.run import Result, execute
-from headwater.corpora.prox_programs import (
-    DropDoc,
-    Program,
-    RemoveLines,
-    parse_program,
-    removed_lines,
-    render_program,
-)
+from headwater.corpora.prox_programs import DropDoc, Program, parse_program, removed_lines
+from headwater.modalities.text.debris import ANNOTATED, Dirty, plant
 from headwater.modalities.text.docs import Document, drop_overlap, split_sides
 from headwater.modalities.text.docstrings import GENERAL, docstring_corpus
 from headwater.modalities.text.tiny import Size as Shape
 from headwater.modalities.text.tiny import tiny_llama
 from headwater.modalities.text.tokenizers import train_bpe
 
-__all__ = ["CLAIM", "Dirty", "Rules", "World", "debris_line", "make_world", "plant", "tuned_rules"]
+__all__ = ["CLAIM", "Rules", "World", "make_world", "tuned_rules"]
 
 TUNING_SEED = 1000
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-OTHERS = ("networkx", "matplotlib")
-DEBRIS, PURE = 0.4, 0.1
 HARM = 0.02
 ARMS = ("raw", "rules", "prox", "oracle")
 
@@ -85,7 +78,7 @@ class Size:
 
 SIZES: dict[Scale, Size] = {
     "smoke": Size(
-        chars=60_000,
+        chars=120_000,
         held=4_000,
         annotated=60,
         hidden=16,
@@ -100,97 +93,9 @@ SIZES: dict[Scale, Size] = {
         hidden=64,
         layers=2,
         vocab=1024,
-        fields={"held_out": 0.03, "seq_len": 128, "batch_tokens": 1_024, "budget": {"tokens": 307_200}},
+        fields={"held_out": 0.03, "seq_len": 128, "batch_tokens": 512, "budget": {"tokens": 307_200}},
     ),
 }
-
-# -- debris
-
-_BEGIN = "Click here to;Sign in to;Subscribe now to;Scroll down to;Tap the button to;Register today to;Follow us to"
-_DO = (
-    "read the full story;see more offers;leave a comment;share this page;get our newsletter;view your account;"
-    "download the app;win great prizes;save your favourites;join the discussion;watch the video;compare all prices"
-)
-_WHERE = (
-    "on our partner site;in your inbox;with your friends;before midnight;at no cost;from your phone;"
-    "in the members area;this week only;without leaving home;as a registered reader"
-)
-_TOPIC = "sports;travel;fashion;gardening;celebrities;recipes;weather;politics;horoscopes;health;motoring;lifestyle"
-_MONTH = "January;February;March;April;May;June;July;August;September;October;November;December"
-_ONSETS, _VOWELS = "bcdfghklmnprstvwz", "aeiou"
-_SOUP = "aeinorstEX0123456789#$%&*+/<=>@^_|~;:"
-
-
-def debris_line(rng: np.random.Generator) -> str:
-    """A line of debris: half of them phrases that rules let pass, a quarter addresses, a quarter soup."""
-    kind = rng.random()
-    return _phrase(rng) if kind < 0.5 else _address(rng) if kind < 0.75 else _soup(rng)
-
-
-def _phrase(rng: np.random.Generator) -> str:
-    def one(words: str) -> str:
-        return str(rng.choice(words.split(";")))
-
-    match int(rng.integers(5)):
-        case 0:
-            return f"Copyright by {_name(rng)} media and partners, all rights reserved."
-        case 1:
-            return f"Posted by {_name(rng)} in {one(_TOPIC)} on a sunny day of {one(_MONTH)}."
-        case 2:
-            return f"You may also like these stories about {one(_TOPIC)} and {one(_TOPIC)}."
-        case _:
-            return f"{one(_BEGIN)} {one(_DO)} {one(_WHERE)}{one('.;!')}"
-
-
-def _name(rng: np.random.Generator) -> str:
-    count = int(rng.integers(2, 4))
-    return "".join(rng.choice(list(_ONSETS)) + rng.choice(list(_VOWELS)) for _ in range(count)).capitalize()
-
-
-def _address(rng: np.random.Generator) -> str:
-    path = "/".join(_name(rng).lower() for _ in range(int(rng.integers(1, 4))))
-    return f"https://www.{_name(rng).lower()}.com/{path}?id={int(rng.integers(10**6))}"
-
-
-def _soup(rng: np.random.Generator) -> str:
-    words = ["".join(rng.choice(list(_SOUP), int(rng.integers(2, 9)))) for _ in range(int(rng.integers(3, 9)))]
-    return " ".join(words)
-
-
-@dataclass(frozen=True)
-class Dirty:
-    """A document with debris.
-
-    Attributes:
-        id: of the document.
-        text: with debris.
-        program: that removes it, and nothing else.
-        clean: without; empty where it is debris alone.
-    """
-
-    id: str
-    text: str
-    program: Program
-    clean: str
-
-
-def plant(documents: Sequence[Document], rng: np.random.Generator) -> list[Dirty]:
-    """Debris between the lines of every document, and documents of debris alone among them."""
-    found = []
-    for document in documents:
-        lines = document.text.split("\n")
-        count = max(1, round(DEBRIS * sum(bool(line.strip()) for line in lines)))
-        total = len(lines) + count
-        places = np.sort(rng.choice(total, count, replace=False)).tolist()
-        mixed = iter(lines)
-        dirty = [debris_line(rng) if place in set(places) else next(mixed) for place in range(total)]
-        program = tuple(RemoveLines(place, place) for place in places)
-        found.append(Dirty(document.id, "\n".join(dirty), program, document.text))
-        if rng.random() < PURE / (1 - PURE):
-            text = "\n".join(debris_line(rng) for _ in range(int(rng.integers(5, 25))))
-            found.append(Dirty(f"{document.id}/debris", text, (DropDoc(),), ""))
-    return found
-
 
 # -- rules
 
@@ -299,7 +204,7 @@ class _Measures:
 def tuned_rules(annotated: Sequence[Dirty]) -> Rules:
     """The rules of the grid that keep clean text and drop debris for the largest share of characters."""
     measures = _Measures([dirty.text for dirty in annotated])
-    good = np.concatenate([~removed_lines(d.program, d.text.count("\n") + 1) for d in annotated])
+    good = np.concatenate([~dirty.gone for dirty in annotated])
     sizes = np.array([len(line) for dirty in annotated for line in dirty.text.split("\n")])
     candidates = [Rules(**dict(zip(GRID, values, strict=True))) for values in itertools.product(*GRID.values())]
     return max(candidates, key=lambda rules: int(sizes[rules.keeps(measures) == good].sum()))
@@ -340,7 +245,7 @@ def make_world(size: Size, seed: int, directory: Path) -> World:
     )
     free = drop_overlap([d for d, side in zip(documents, held, strict=True) if side == 0], [*valid, *test]).kept
     train = _some([free[i] for i in rng.permutation(len(free))], size.chars)
-    others = docstring_corpus(OTHERS)
+    others = docstring_corpus(ANNOTATED)
     annotated = plant([others[i] for i in rng.permutation(len(others))[: size.annotated]], rng)[: size.annotated]
     dirty = plant(train, rng)
     rules = tuned_rules(annotated)
@@ -355,7 +260,7 @@ def make_world(size: Size, seed: int, directory: Path) -> World:
         for name, found in texts.items()
     }
     annotations = directory / "annotations.jsonl"
-    rows = [{"id": d.id, "text": d.text, "program": render_program(d.program)} for d in annotated]
+    rows = [{"id": d.id, "text": d.text, "program": d.program} for d in annotated]
     atomic_write_text(annotations, "".join(json.dumps(row) + "\n" for row in rows))
     tests = {
         name: _write(directory / f"{name}.jsonl", [(d.id, d.text) for d in part])
@@ -430,7 +335,7 @@ def _lines_right(documents: Sequence[Dirty], gone: Any) -> dict[str, float]:  # 
     for dirty, mask in zip(documents, gone, strict=True):
         lines = dirty.text.split("\n")
         there = np.array([bool(re.search(r"\S", line)) for line in lines])
-        truth = removed_lines(dirty.program, len(lines)) & there
+        truth = dirty.gone & there
         hits += int((mask & truth).sum())
         removed += int((mask & there).sum())
         debris += int(truth.sum())

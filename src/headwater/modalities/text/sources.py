@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from headwater.core.recipe import CorpusRef, DataRef
+from headwater.modalities.text.debris import annotated_docstrings
 from headwater.modalities.text.docs import CorpusError, Document, read_documents
 from headwater.modalities.text.docstrings import GENERAL, docstring_corpus
 
@@ -18,7 +19,8 @@ def open_corpus(ref: CorpusRef, *, role: str) -> Iterator[Document]:
     """Read the documents that ``ref`` names, lazily.
 
     Builtins: ``headwater:general`` (3 million characters of docstrings of numpy, pandas, scikit-learn, scipy and the
-    standard library), ``headwater:PACKAGE`` (docstrings of any installed package, e.g. ``headwater:networkx``).
+    standard library), ``headwater:PACKAGE`` (docstrings of any installed package, e.g. ``headwater:networkx``),
+    ``headwater:debris`` (300 docstrings with planted web debris and, in the column ``program``, what removes it).
 
     Args:
         ref: the corpus.
@@ -39,6 +41,9 @@ def open_corpus(ref: CorpusRef, *, role: str) -> Iterator[Document]:
         )
         return
     name = ref.name.removeprefix("headwater:")
+    if name == "debris":
+        yield from annotated_docstrings()[: ref.limit_documents]
+        return
     packages, limit = (GENERAL, ref.limit_chars or GENERAL_CHARS) if name == "general" else ((name,), ref.limit_chars)
     try:
         yield from docstring_corpus(packages, limit_chars=limit)[: ref.limit_documents]
