@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.chat_server import ChatServer, chat_server
 from tests.conftest import write_corpus
 
 from headwater.core.recipe import RecipeError, load_recipe
@@ -34,61 +33,26 @@ def finished(fields: Fields, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return directory, execute(load_recipe(fields), directory)
 
 
-class Server(ThreadingHTTPServer):
-    """Finds the words of three letters in what it is shown, and writes a text about the names it was given."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[list[dict[str, str]]] = []
-        self.refuses = False
-
-    def reply(self, system: str, shown: str) -> str:
-        if self.refuses:
-            return "I'm sorry, I can't."
-        if '"entities"' in system:
-            words = sorted({word for word in shown.split() if len(word) == 3})
-            return json.dumps({"summary": "Words.", "entities": words[:3]})
-        names = [line[2:] for line in shown.split("Names:")[1].splitlines() if line.startswith("- ")]
-        return f"{' and '.join(names)} occur together in this text."
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body["messages"])
-        text = self.server.reply(body["messages"][0]["content"], body["messages"][1]["content"])
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 100, "completion_tokens": len(text.split())}
-        data = json.dumps({"model": "served", "choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
+def written(messages: list[dict[str, str]]) -> str:
+    """The words of three letters in what is shown, or a text about the names that are given."""
+    system, shown = (message["content"] for message in messages[:2])
+    if '"entities"' in system:
+        words = sorted({word for word in shown.split() if len(word) == 3})
+        return json.dumps({"summary": "Words.", "entities": words[:3]})
+    names = [line[2:] for line in shown.split("Names:")[1].splitlines() if line.startswith("- ")]
+    return f"{' and '.join(names)} occur together in this text."
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def server() -> Iterator[ChatServer]:
+    with chat_server(written) as server:
+        yield server
 
 
 @pytest.fixture
-def served(fields: Fields, server: Server, tmp_path: Path) -> Fields:
+def served(fields: Fields, server: ChatServer, tmp_path: Path) -> Fields:
     """Fields of a recipe whose entities are asked for; 1 USD for a thousand tokens."""
-    port = server.server_address[1]
-    generator = {"kind": "http", "base_url": f"http://127.0.0.1:{port}/v1", "model": "served", "price": [1e3, 1e3]}
+    generator = {**server.spec, "price": [1e3, 1e3]}
     known = {name: value for name, value in fields.items() if name != "entities"}
     return {**known, "generator": {**generator, "cache": str(tmp_path / "replies.sqlite")}, "target_tokens": 400}
 
@@ -126,7 +90,7 @@ def test_property_the_budget_covers_many_documents(finished: tuple[Path, Any]) -
     assert len({row["source_id"] for row in written}) == len(written), "first one of every document"
 
 
-def test_oracle_entities_and_texts_come_from_the_server(served: Fields, server: Server, tmp_path: Path) -> None:
+def test_oracle_entities_and_texts_come_from_the_server(served: Fields, server: ChatServer, tmp_path: Path) -> None:
     result = execute(load_recipe(served), tmp_path / "run")
     metrics = result.metrics
     lists = [json.loads(line) for line in (tmp_path / "run" / "entities.jsonl").open()]
@@ -147,7 +111,7 @@ def test_oracle_entities_and_texts_come_from_the_server(served: Fields, server: 
 
 
 def test_fault_a_run_stopped_in_the_synthesis_pays_nothing_twice(
-    served: Fields, server: Server, tmp_path: Path
+    served: Fields, server: ChatServer, tmp_path: Path
 ) -> None:
     whole = execute(load_recipe(served), tmp_path / "whole")
     asked = len(server.asked)
@@ -188,7 +152,7 @@ def test_property_texts_of_another_run_need_no_generator(
 
 
 def test_property_entities_of_another_run_are_not_asked_for_again(
-    served: Fields, server: Server, tmp_path: Path
+    served: Fields, server: ChatServer, tmp_path: Path
 ) -> None:
     execute(load_recipe(served), tmp_path / "first")
     asked = len(server.asked)
@@ -200,7 +164,9 @@ def test_property_entities_of_another_run_are_not_asked_for_again(
     assert second.metrics["generator_requests"] == second.metrics["synthetic_texts"]
 
 
-def test_property_several_sources_keep_their_documents_apart(served: Fields, server: Server, tmp_path: Path) -> None:
+def test_property_several_sources_keep_their_documents_apart(
+    served: Fields, server: ChatServer, tmp_path: Path
+) -> None:
     other = write_corpus(tmp_path / "music.jsonl", "music", 60)
     rows = [{**json.loads(line), "id": f"general-{i}"} for i, line in enumerate(other.open())]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -280,7 +246,7 @@ def test_rejects_entities_that_are_none(fields: Fields, line: str | None, words:
         execute(load_recipe({**fields, "entities": str(path)}), tmp_path / "run")
 
 
-def test_rejects_what_cannot_give_a_corpus(fields: Fields, served: Fields, server: Server, tmp_path: Path) -> None:
+def test_rejects_what_cannot_give_a_corpus(fields: Fields, served: Fields, server: ChatServer, tmp_path: Path) -> None:
     def refused(error: type[Exception], words: str, **changes: Any) -> None:
         with pytest.raises(error, match=words):
             execute(load_recipe({**fields, **changes}), tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
@@ -296,7 +262,7 @@ def test_rejects_what_cannot_give_a_corpus(fields: Fields, served: Fields, serve
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*twice, {**copied, "text": "new"}]))
     refused(CorpusError, "two documents have one id", sources={"text": str(tmp_path / "twice.jsonl")})
     refused(CorpusError, "replay: all .* documents repeat held-out ones", replay=fields["evals"]["other"])
-    server.refuses = True
+    server.reply = lambda messages: "I'm sorry, I can't."
     no_entities = {"generator": served["generator"], "entities": None}
     refused(GeneratorError, r"20 of 20 lists of entities cannot be used.*\n.*no whole JSON", **no_entities)
     refused(GeneratorError, r"of \d+ texts cannot be used.*\n.*refused: \"I'm sorry", generator=served["generator"])

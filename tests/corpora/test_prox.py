@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.chat_server import chat_server
 from tests.conftest import prox_annotations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -555,24 +556,20 @@ def test_property_the_report_shows_before_and_after(finished: tuple[Path, Result
     assert LineProgrammer.load(finished[0] / "programmer").fingerprint
 
 
-def test_oracle_a_generator_cleans_in_the_recipe(
-    prox_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answered(spec: object) -> ScriptedGenerator:
-        return ScriptedGenerator({"doc": lambda m, rng: "keep_doc()", "chunk": _removes_adverts})
+def test_oracle_a_generator_cleans_in_the_recipe(prox_fields: Fields, tmp_path: Path) -> None:
+    def programs(messages: list[dict[str, str]]) -> str:
+        shown = messages[-1]["content"]
+        if "drop_doc" in messages[0]["content"]:
+            return "keep_doc()"
+        found = re.findall(r"^\[(\d+)\].*log in", shown, flags=re.MULTILINE)
+        return "\n".join(f"remove_lines({int(n)}, {int(n)})" for n in found) or "keep_chunk()"
 
-    monkeypatch.setattr("headwater.corpora.prox_generator.open_generator", answered)  # no server in a test
-    server = {"kind": "http", "base_url": "http://localhost:1/v1", "model": "m"}
-    fields = {"method": "prox", **prox_fields, "programmer": {"kind": "generator", "generator": server}}
-    result = execute(load_recipe(fields), tmp_path / "run")
-    assert result.metrics["programs/refined"] == 1
-    assert result.metrics["generator_completion_tokens"] > 0
-    assert result.metrics["bytes_out"] < result.metrics["bytes_in"]
-
-
-def _removes_adverts(messages: Sequence[Message], rng: random.Random) -> str:
-    found = re.findall(r"^\[(\d+)\].*log in", messages[-1].content, flags=re.MULTILINE)
-    return "\n".join(f"remove_lines({int(n)}, {int(n)})" for n in found) or "keep_chunk()"
+    with chat_server(programs) as server:
+        fields = {"method": "prox", **prox_fields, "programmer": {"kind": "generator", "generator": server.spec}}
+        metrics = execute(load_recipe(fields), tmp_path / "run").metrics
+    assert metrics["programs/refined"] == 1
+    assert metrics["generator_prompt_tokens"] == 100 * len(server.asked)
+    assert metrics["bytes_out"] < metrics["bytes_in"]
 
 
 @pytest.mark.parametrize(
