@@ -5,16 +5,22 @@ alphabet of their own, permuted, but documents of theirs exist for 6 % of the wo
 they are asked about other words: what these are can be learned from skill 0 alone. A document is skill, word and
 answer, and the answer is what is learned. Both arms read 320 steps of 64 documents.
 
-The graph is learned once, pairwise, on a world of another seed, with edges weighed by what they gain, and is then given
-to every seed. Each arm chooses its learning rate from the same three on that world too, by the answers about validation
-words; the questions are about words that are in no validation document.
+The graph is learned once, pairwise, on a world of another seed, by runs of 200 steps on a skill and 400 on a pair, with
+edges weighed by what they gain, and is then given to every seed. Each arm chooses its learning rate from the same three
+on that world too, by the answers about validation words; the questions are about words that are in no validation
+document.
 
 Fixed before the first run, by arithmetic: a document's targets are its answer and EOS, which costs nothing soon, so a
 loss per target is half of what it is per answer, and eta is twice 0.05 for the same exponents; eight rounds of 40
 steps, since six do not divide 320.
 
 What was fixed by looking at short runs on a skill and a pair of skills: input and output embeddings are shared. Where
-they were not, a dependent was learned by heart beside its prerequisite too, and there was no edge to find.
+they were not, a dependent was learned by heart beside its prerequisite too, and there was no edge to find. On seed 0
+the arms were seen once with a graph made by hand, .367 against .309 in favour of Skill-it; nothing was changed for it.
+
+This is the second experiment. The first, on seeds 100 to 104, learned the graph by runs of 100 and 200 steps: too short
+to master the prerequisite alone, so that every pair seemed to help it, and the mixture followed edges into it that are
+not there. Skill-it gained -.017 [-.094, .061]. Now runs are twice as long, and no such edge is a precondition.
 
 Reported beside: documents as they come, which here are 70 % of the prerequisite, because it has the most documents.
 """
@@ -85,7 +91,7 @@ SIZES: dict[Scale, Size] = {
         words=300, shown=60, validation=20, hidden=16, layers=1, heads=2, steps=8, graph_steps=2, held_out=0.1
     ),
     "small": Size(
-        words=1000, shown=60, validation=200, hidden=64, layers=2, heads=4, steps=320, graph_steps=100, held_out=0.03
+        words=1000, shown=60, validation=200, hidden=64, layers=2, heads=4, steps=320, graph_steps=200, held_out=0.03
     ),
 }
 
@@ -170,6 +176,8 @@ def measure(scale: Scale, seed: int, directory: Path) -> Measured:
     unmet = []
     if scale != "smoke" and not (edges[0, 1:] > 0).all():
         unmet.append("the graph that was learned lacks an edge from the prerequisite to a dependent")
+    if scale != "smoke" and (edges[1:, 0] > 0).any():
+        unmet.append(f"the graph that was learned has {(edges[1:, 0] > 0).sum()} edges into the prerequisite")
     if not NOT_AT_CHANCE <= accuracy["stratified"] <= NOT_AT_CEILING:
         unmet.append(f"with equal shares {accuracy['stratified']:.0%} of the answers are right")
     return Measured(
@@ -279,9 +287,9 @@ CLAIM = Claim(
     ),
     rival="stratified",
     preconditions=(
-        "the graph has an edge from the prerequisite to every dependent skill",
+        "the graph has an edge from the prerequisite to every dependent skill, and none into it",
         f"with equal shares between {NOT_AT_CHANCE:.0%} and {NOT_AT_CEILING:.0%} of the answers are right",
     ),
-    seeds={"smoke": (100,), "small": (100, 101, 102, 103, 104)},
+    seeds={"smoke": (200,), "small": (200, 201, 202, 203, 204)},
     measure=measure,
 )
