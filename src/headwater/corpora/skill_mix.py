@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from headwater.core.cache import atomic_write_text, cache_key
+from headwater.core.cache import atomic_write_text
 from headwater.core.launch import wait_for_launched
 from headwater.core.optim import OptimSpec
 from headwater.core.recipe import CorpusRef, Metrics, ModelRef, Name
@@ -49,8 +49,6 @@ from headwater.corpora.skill_mix_skills import (
     combination_key,
     draw_combinations,
     normalised,
-    read_topics,
-    split_topics,
 )
 from headwater.corpora.skill_mix_texts import (
     Keep,
@@ -62,6 +60,7 @@ from headwater.corpora.skill_mix_texts import (
     write_table,
     write_texts,
 )
+from headwater.corpora.skill_mix_world import SkillWorld, drawn
 from headwater.modalities.text.conversations import ConversationFormatter
 from headwater.modalities.text.docs import CorpusError, split_sides
 from headwater.modalities.text.document_store import DocumentStore
@@ -91,8 +90,6 @@ __all__ = [
 
 VALID = 0.05
 """Share of the texts that is kept for validation, by their ids."""
-
-Pool = Literal["train", "held_out"]
 
 
 class SkillMix(CorpusRecipe):
@@ -175,7 +172,7 @@ class SkillMix(CorpusRecipe):
 
     def build(self, ctx: CorpusContext) -> Corpus:
         """One table of conversations, and what is replayed; the trained model is asked in ``examine``."""
-        world = _World.open(self)
+        world = self._world()
         ctx.run.record_data("skills", world.fingerprint)
         directory = ctx.run.nested("skillmix")
         for k in world.too_many:
@@ -192,6 +189,8 @@ class SkillMix(CorpusRecipe):
         found, left_out = self._usable(ctx, world, ctx.read(ref, "texts"), formatter)
         sides = split_sides(found.ids(), (1 - VALID, VALID, 0.0))
         train, valid = (found.select([i for i, side in enumerate(sides) if side == s]) for s in (0, 1))
+        if not train:  # of a handful of texts all may fall on the other side
+            train, valid = valid, train
         watched = {"texts": valid} if valid else {}
         losses = watcher(ctx, watched, formatter)
 
@@ -211,8 +210,21 @@ class SkillMix(CorpusRecipe):
             files=("skillmix",),
         )
 
+    def _world(self) -> SkillWorld:
+        if isinstance(self.grader, RuleSpec) and (lacking := self.grader.open().unknown(SkillSet.load(self.skills))):
+            raise CorpusError(f"grader: {self.grader.use!r} has no rule for the skill {lacking[0]!r}.")
+        return SkillWorld.open(
+            self.skills,
+            self.topics,
+            train_categories=self.train_categories,
+            train_topics=self.train_topics,
+            k_eval=self.k_eval,
+            eval_samples=self.eval_samples,
+            seed=self.split_seed,
+        )
+
     def _usable(
-        self, ctx: CorpusContext, world: _World, texts: DocumentStore, formatter: ConversationFormatter
+        self, ctx: CorpusContext, world: SkillWorld, texts: DocumentStore, formatter: ConversationFormatter
     ) -> tuple[DocumentStore, Metrics]:
         """Texts that show no held-out skill, are not asked for, and fit into a row; and how many are not."""
         asked = {combination.key for of in world.asked.values() for combination in of}
@@ -243,7 +255,7 @@ class SkillMix(CorpusRecipe):
 
     # -- writing
 
-    def _write(self, world: _World, directory: Path) -> None:
+    def _write(self, world: SkillWorld, directory: Path) -> None:
         """Have the texts written and graded. A stopped run asks again and is answered from the generator's cache."""
         assert self.generator is not None, "checked when the recipe was made"
         begin = time.monotonic()
@@ -251,7 +263,7 @@ class SkillMix(CorpusRecipe):
         combinations: list[Combination] = []
         for k in sorted(self.k_train):
             rng = numpy_generator(self.seed, "combinations", k)
-            combinations += _drawn(world.train, world.topics, k, self.n_per_k, rng, avoided)
+            combinations += drawn(world.train, world.topics, k, self.n_per_k, rng, avoided)
         prompts = SkillMixPrompts.read(self.prompts)
         with open_generator(self.generator) as generator:
             texts = write_texts(
@@ -288,8 +300,8 @@ class SkillMix(CorpusRecipe):
         if figures["texts_written"] < planned:
             ctx.warn(
                 "clipped",
-                f"{figures['texts_written']} texts were written, not {planned}: for some k there are fewer combinations "
-                "of skills and topics than n_per_k",
+                f"{figures['texts_written']} texts were written, not {planned}, as for some k there are fewer "
+                "combinations of skills and topics than n_per_k",
             )
         if lost := figures["texts_failed"] + figures["texts_ungraded"]:
             ctx.warn("lost", f"{lost} of {figures['texts_written']} texts were not written, or got no grade")
@@ -305,7 +317,7 @@ class SkillMix(CorpusRecipe):
 
     # -- asking
 
-    def _examine(self, ctx: CorpusContext, world: _World, before: Metrics, model: PreTrainedModel) -> Metrics:
+    def _examine(self, ctx: CorpusContext, world: SkillWorld, before: Metrics, model: PreTrainedModel) -> Metrics:
         """Have the trained model write for what is asked, and grade it."""
         from headwater.modalities.text.generate_hf import HFGenerator
 
@@ -351,47 +363,6 @@ class SkillMix(CorpusRecipe):
 _README = """Ask it as it was taught: `corpus.json` has the words of the first turn and of the second, with places in
 braces, and whether the tokenizer's chat template writes the turns or lines `role: content` do. Each answer ends with
 the end token. `skillmix/eval.parquet` beside this directory has examples with their grades, `curves.csv` the scores."""
-
-
-class _World:
-    """The skills and topics of a recipe, split, and what is asked."""
-
-    def __init__(
-        self, train: SkillSet, held_out: SkillSet, topics: list[str], recipe: SkillMix, rest: list[str]
-    ) -> None:
-        self.train, self.held_out, self.topics = train, held_out, topics
-        self.too_many = [k for k in recipe.k_eval if held_out and k > len(held_out)]
-        self.asked: dict[tuple[Pool, int], list[Combination]] = {}
-        pools: tuple[tuple[Pool, SkillSet], ...] = (("train", train), ("held_out", held_out))
-        for pool, skills in pools:
-            for k in sorted(recipe.k_eval):
-                if skills and (pool == "train" or k not in self.too_many):
-                    rng = numpy_generator(recipe.split_seed, "asked", pool, k)
-                    self.asked[pool, k] = _drawn(skills, rest, k, recipe.eval_samples, rng)
-        about = [[[s.name, s.category, s.definition, s.example] for s in side] for side in (train, held_out)]
-        self.fingerprint = cache_key([about, topics, rest])
-
-    @classmethod
-    def open(cls, recipe: SkillMix) -> _World:
-        """Read and check the files."""
-        skills, topics = SkillSet.load(recipe.skills), read_topics(recipe.topics)
-        if isinstance(recipe.grader, RuleSpec) and (unknown := recipe.grader.open().unknown(skills)):
-            raise CorpusError(f"grader: {recipe.grader.use!r} has no rule for the skill {unknown[0]!r}.")
-        try:
-            train, held_out = skills.split(recipe.train_categories)
-            chosen, rest = split_topics(topics, recipe.train_topics, numpy_generator(recipe.split_seed, "topics"))
-        except ValueError as error:
-            raise CorpusError(f"{recipe.skills.name}, {recipe.topics.name}: {error}") from None
-        return cls(train, held_out, chosen, recipe, rest)
-
-
-def _drawn(
-    skills: SkillSet, topics: Sequence[str], k: int, n: int, rng: Any, exclude: Iterable[Combination] = ()
-) -> list[Combination]:
-    try:
-        return draw_combinations(skills, topics, k, n, rng, exclude)
-    except ValueError as error:
-        raise CorpusError(f"skills: {error}") from None
 
 
 def _place(model: object) -> str:

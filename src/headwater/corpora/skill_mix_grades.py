@@ -144,8 +144,8 @@ class Grader:
             if answer.value is None:
                 yield Graded(None, f"no grade: {answer.error}")
                 continue
-            points: Any = answer.value  # Any: of the type made here
-            grade = Grade(tuple(points.skills), points.topic, points.length, points.sense)
+            value: Any = answer.value  # Any: of the type made here
+            grade = Grade(tuple(value.skills), value.topic, value.length, value.sense)
             yield Graded(_without_named(grade, combination, text))
 
 

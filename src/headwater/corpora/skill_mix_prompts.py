@@ -25,7 +25,7 @@ sense to a reader who knows nothing of the task. Answer with the text and nothin
 
 _IMPROVE = """\
 Read your text again. Does it show every skill in the list, call none by its name, stay with the topic, make sense, \
-and keep to {sentences}? Mend what falls short, make it as good as you can, and answer with the text and nothing else."""
+and keep to {sentences}? Mend what falls short, make it as good as you can, and answer with the text alone."""
 
 _GRADE = """\
 Somebody was asked for a text about this topic: {topic}

@@ -231,5 +231,7 @@ def build_dataset(texts: Sequence[SkillText]) -> Dataset:
 
 def write_table(texts: Sequence[SkillText], path: Path) -> None:
     """Write ``build_dataset`` as a Parquet file, whole or not at all."""
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
-        build_dataset(texts).to_parquet(str(temporary))
+        pq.write_table(build_dataset(texts).with_format("arrow")[:], temporary)
