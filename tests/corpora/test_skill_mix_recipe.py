@@ -17,11 +17,12 @@ from headwater.claims.skill_mix import RULES, SKILLS, scripted
 from headwater.core.recipe import RecipeError, load_recipe
 from headwater.core.run import Run, execute
 from headwater.corpora.context import CorpusContext
-from headwater.corpora.skill_mix import Combination, draw_combinations, grade_texts, write_texts
+from headwater.corpora.skill_mix import Combination, SkillMixPrompts, draw_combinations, grade_texts, write_texts
 from headwater.corpora.skill_mix_skills import combination_key
 from headwater.corpora.skill_mix_texts import write_table
 from headwater.modalities.text.conversations import ConversationFormatter, messages_of
 from headwater.modalities.text.docs import CorpusError, Document
+from headwater.modalities.text.generate import GeneratorError
 from headwater.modalities.text.generate_hf import HFGenerator
 from headwater.modalities.text.tiny import tiny_llama
 from headwater.modalities.text.tokenizers import word_tokenizer
@@ -105,11 +106,9 @@ def test_oracle_the_curves_are_the_grades_of_what_the_saved_model_writes(
     by_name = {skill.name: skill for skill in SKILLS}
     chosen = [row for row in asked if row["k"] == 2 and row["sample"] == 0]
     combinations = [Combination(tuple(by_name[name] for name in row["skills"]), row["topic"]) for row in chosen]
-    prompts = load_recipe(fields).prompts  # type: ignore[attr-defined]
-    from headwater.corpora.skill_mix import SkillMixPrompts
-
+    recipe: Any = load_recipe(fields)
     written = write_texts(
-        HFGenerator(model, tokenizer), combinations, SkillMixPrompts.read(prompts), samples=2, reply_tokens=6
+        HFGenerator(model, tokenizer), combinations, SkillMixPrompts.read(recipe.prompts), samples=2, reply_tokens=6
     )
     assert [t.text for t in written if t.sample == 0] == [row["answer"] for row in chosen]
     with (directory / "skillmix" / "curves.csv").open() as stream:
@@ -149,6 +148,30 @@ def test_fault_a_run_stopped_in_training_needs_no_generator(fields: Fields, tmp_
     again = execute(load_recipe(own), tmp_path / "run", resume=True)
     same = [name for name in first.metrics if "seconds" not in name and "bytes" not in name]
     assert {name: again.metrics[name] for name in same} == {name: first.metrics[name] for name in same}
+
+
+def test_fault_a_run_stopped_in_writing_pays_nothing_twice(
+    fields: Fields, finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    directory, whole = finished
+    limit = int(whole.metrics["generator_requests"]) - 10
+    strict = {**fields["generator"], "cache": str(tmp_path / "own.sqlite"), "max_requests": limit}
+    recipe = load_recipe({**fields, "generator": strict})
+    with pytest.raises(GeneratorError, match="the next request could pass max_requests"):
+        execute(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "skillmix").exists()
+    execute(recipe, tmp_path / "run", resume=True)
+    tables = [rows(place / "skillmix" / "train.parquet") for place in (tmp_path / "run", directory)]
+    assert tables[0] == tables[1]
+
+
+def test_property_what_is_asked_is_not_written_where_topics_are_shared(fields: Fields, tmp_path: Path) -> None:
+    changes = {**fields, "train_topics": 1.0, "k_train": [1], "k_eval": [1], "eval_samples": 20, "n_per_k": 99}
+    plan(changes, tmp_path / "run")
+    written = rows(tmp_path / "run" / "skillmix" / "written.parquet")
+    assert len(written) == 8 * 4 - 20
+    _, corpus = plan(changes, tmp_path / "again")
+    assert len(corpus.tables["texts"]) >= 10, "none was left out"
 
 
 def test_property_texts_of_another_run_need_no_generator(
