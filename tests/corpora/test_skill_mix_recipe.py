@@ -323,6 +323,8 @@ def test_rejects_what_cannot_be_built(fields: Fields, finished: tuple[Path, Any]
     refused("k must be from 1 to 8, the skills in the pool; got 9", k_train=[9])
     refused("k must be from 1 to 8, the skills in the pool; got 9", k_eval=[9])
     refused("leaves one side of 4 topics empty", train_topics=0.01)
+    shared = {"train_topics": 1.0, "k_train": [1], "k_eval": [1], "eval_samples": 99}
+    refused(r"every combination of \[1\] skills and a topic will be asked", **shared)
     refused("SkillSet; give MODULE:NAME", grader={"kind": "rules", "use": "headwater.claims.skill_mix:SKILLS"})
     refused(r"none of \d+ texts can be kept.*\n.*  \d+ of \d+: it ", keep="full_marks")
     (tmp_path / "more.jsonl").write_text('{"name": "s1", "category": "learned"}\n{"name": "joy", "category": "held"}\n')

@@ -12,9 +12,9 @@ learned skills.
 
 Positions are rotary and every example is seen alone, counted from 0, as it is when the model is asked.
 
-Looked at beforehand, on seed 0 and at the middle rate: after phase 1 every skill is shown at k = 1, and the treatment
-shows 100 % of the skills at k = 3 and 78 % at k = 4, which is neither chance nor all. Nothing was changed after that
-but the length of the runs that choose the rate, for time.
+Looked at beforehand, on seed 0 and at the middle rate: after phase 1 every skill is shown at k = 1; at k = 4 the
+treatment shows 78 % of the learned skills and the baseline 19 %, so neither is at chance or at its ceiling. Nothing was
+changed after that but the length of the runs that choose the rate, for time.
 """
 
 from __future__ import annotations

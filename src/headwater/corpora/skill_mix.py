@@ -264,6 +264,11 @@ class SkillMix(CorpusRecipe):
         for k in sorted(self.k_train):
             rng = numpy_generator(self.seed, "combinations", k)
             combinations += drawn(world.train, world.topics, k, self.n_per_k, rng, avoided)
+        if not combinations:
+            raise CorpusError(
+                f"every combination of {sorted(self.k_train)} skills and a topic will be asked, so there is none to "
+                "write for; lower eval_samples or train_topics."
+            )
         prompts = SkillMixPrompts.read(self.prompts)
         with open_generator(self.generator) as generator:
             texts = write_texts(
@@ -321,14 +326,15 @@ class SkillMix(CorpusRecipe):
         """Have the trained model write for what is asked, and grade it."""
         from headwater.modalities.text.generate_hf import HFGenerator
 
+        generator, prompts = HFGenerator(model, ctx.tokenizer), SkillMixPrompts.read(self.prompts)
         texts: list[SkillText] = []
         metrics, rows = dict(before), []
         with self._judge() as (judge, usage):
             for (pool, k), combinations in world.asked.items():
                 own = write_texts(
-                    HFGenerator(model, ctx.tokenizer),
+                    generator,
                     combinations,
-                    SkillMixPrompts.read(self.prompts),
+                    prompts,
                     second_turn=self.second_turn,
                     samples=self.generations_per_combo,
                     reply_tokens=self.reply_tokens,

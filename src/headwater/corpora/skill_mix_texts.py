@@ -100,7 +100,7 @@ def write_texts(
     def answered(tag: str, texts: Sequence[SkillText]) -> Iterator[SkillText]:
         open_ones = [text for text in texts if text.error is None]
         requests = [Request(t.messages, reply_tokens, temperature, sample=t.sample, tag=tag) for t in open_ones]
-        replies = generator.generate(requests)
+        replies = iter(list(generator.generate(requests)))
         for text in texts:
             if text.error is not None:
                 yield text
