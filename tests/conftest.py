@@ -398,6 +398,32 @@ def entigraph_fields(
 
 
 @pytest.fixture(scope="session")
+def skill_mix_fields(corpora_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make Skill-Mix run in about a second: a tiny model writes noise, and all of it is kept."""
+    root = tmp_path_factory.mktemp("skill_mix")
+    rows = [{"name": f"s{n}", "category": "learned" if n <= 8 else "held"} for n in range(1, 13)]
+    (root / "skills.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (root / "topics.txt").write_text("sum\nmean\naxis\npath\n", encoding="utf-8")
+    (root / "prompts.toml").write_text('write = "{names} {topic}"\nimprove = "go on"\n', encoding="utf-8")
+    return {
+        **corpora_fields,
+        "skills": str(root / "skills.jsonl"),
+        "topics": str(root / "topics.txt"),
+        "prompts": str(root / "prompts.toml"),
+        "train_categories": ["learned"],
+        "generator": {"kind": "hf", "model": corpora_fields["model"], "cache": str(root / "replies.sqlite")},
+        "grader": {"kind": "rules", "use": "headwater.claims.skill_mix:RULES"},
+        "n_per_k": 20,
+        "keep": "all",
+        "reply_tokens": 6,
+        "k_eval": [1, 2],
+        "eval_samples": 3,
+        "generations_per_combo": 2,
+        "replay_rate": 0.25,
+    }
+
+
+@pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of six tasks of Natural Instructions: two categories, three data sets, thirty instances each."""
     root = tmp_path_factory.mktemp("tasks")

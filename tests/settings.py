@@ -260,6 +260,7 @@ METHODS: dict[str, Setting] = {
     "meta_tuning": Setting(fixture="meta_fields", opens=opens_as_language_model),
     "prox": Setting(fixture="prox_fields", opens=opens_as_language_model),
     "entigraph": Setting(fixture="entigraph_fields", opens=opens_as_language_model),
+    "skill_mix": Setting(fixture="skill_mix_fields", opens=opens_as_language_model),
     "levi": Setting(fixture="levi_fields", opens=opens_as_safetensors),
     "sobert": Setting(fixture="sobert_fields", opens=opens_as_the_class_its_readme_names),
     "instruction_balance": Setting(fixture="instruction_balance_fields", opens=opens_as_language_model),

@@ -30,6 +30,7 @@ from transformers import (
 from headwater.core.rng import hash_uniform
 from headwater.modalities.models import load_model, load_tokenizer, parameter_fingerprint
 from headwater.modalities.text.class_inputs import length_batches
+from headwater.modalities.text.conversations import prompt_ids
 from headwater.modalities.text.generate import Flow, Generator, HFSpec, Reply, Request, cut_at_stop, request_key
 from headwater.modalities.text.score import scoring
 
@@ -109,14 +110,7 @@ class HFGenerator(Generator):
 
     def encode(self, request: Request) -> list[int]:
         """Token ids of a prompt, up to where the reply begins."""
-        if self.tokenizer.chat_template:
-            turns = [{"role": message.role, "content": message.content} for message in request.messages]
-            encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        else:
-            lines = [f"{message.role}: {message.content}\n" for message in request.messages]
-            encoded = self.tokenizer("".join(lines) + "assistant:")
-        ids: list[int] = encoded["input_ids"]
-        return ids
+        return prompt_ids(self.tokenizer, request.messages)
 
     def _row(self, position: int, request: Request) -> _Row:
         ids = self.encode(request)
