@@ -167,7 +167,9 @@ class World:
 
     def is_right(self, draft: Draft) -> bool:
         """Whether a rationale has the entity's symbol in some dialect, and its answer."""
-        rationales = {self.rationale(draft.question, d) for d in range(DIALECTS)} if draft.question in self.symbol else ()
+        rationales = (
+            {self.rationale(draft.question, d) for d in range(DIALECTS)} if draft.question in self.symbol else ()
+        )
         return draft.rationale in rationales
 
 
@@ -242,7 +244,9 @@ def _pretrained(
         for prompt, text, (*_, ends) in zip(*ids, texts, strict=True)
     ]
     model = tiny_llama(tokenizer, **size.shape, context=64, tie=False, generator_seed=derive_seed(seed, name))
-    stream = PairStream(encoded, "causal", rows=size.rows, seed=derive_seed(seed, name), pad=int(tokenizer.pad_token_id))
+    stream = PairStream(
+        encoded, "causal", rows=size.rows, seed=derive_seed(seed, name), pad=int(tokenizer.pad_token_id)
+    )
     _fit(name, model, stream, PRETRAINING, steps, seed, directory)
     model.save_pretrained(directory / f"{name}-model")
     tokenizer.save_pretrained(directory / f"{name}-model")
@@ -295,9 +299,7 @@ class Setting:
         writer, apart = HFGenerator(_open(teacher), tokenizer), Unseen([*world.valid, *world.held_out])
         shared: dict[str, Any] = {"marker": FORM.marker, "unseen": apart, "reply_tokens": WRITTEN, "seed": seed}
         drafts = elicit(writer, world.seeds, size.n_questions, size.n_rationales, PROMPTS, **shared).drafts
-        matrix = icl_scores(
-            _open(student), tokenizer, drafts, world.asked(world.valid), form=FORM, max_answer=WRITTEN
-        )
+        matrix = icl_scores(_open(student), tokenizer, drafts, world.asked(world.valid), form=FORM, max_answer=WRITTEN)
         scores = matrix[:, select_discriminative(matrix, size.n_pref)].mean(axis=1).tolist()
         return cls(size, seed, world, directory, tokenizer, teacher, student, drafts, scores)
 
@@ -416,7 +418,7 @@ def measure(scale: Scale, seed: int, directory: Path) -> Measured:
 
 
 def _middle() -> dict[str, tuple[float, float]]:
-    return {arm: (DPO_RATES[1], STUDENT_RATES[1]) for arm in ARMS}
+    return dict.fromkeys(ARMS, (DPO_RATES[1], STUDENT_RATES[1]))
 
 
 def _tuned(size: Size, directory: Path) -> dict[str, tuple[float, float]]:

@@ -2,7 +2,7 @@
 
     seed question -> question drafts;  each question -> rationales that end in "The answer is X"
 
-Source: Liu et al., arXiv:2406.19227, section 3.1. The prompts are ours.
+Source: Liu et al., arXiv:2406.19227. The prompts are ours.
 """
 
 from __future__ import annotations
@@ -114,8 +114,7 @@ class Form:
 
     def document(self, draft: Draft, identity: str) -> Document:
         """What a student reads, and of which it learns the rationale."""
-        meta = {"answer": draft.answer, **draft.meta}
-        return answered(identity, self.prompt(draft.question), draft.rationale, join=self.join, **meta)
+        return answered(identity, self.prompt(draft.question), draft.rationale, join=self.join, **draft.meta)
 
     def shot(self, draft: Draft) -> str:
         """A draft as the example before a question."""
@@ -123,14 +122,14 @@ class Form:
 
 
 def parse_rationale(text: str, marker: str) -> tuple[str, str] | None:
-    """The solution up to its answer, and the answer: what follows the last ``marker`` on its line.
+    r"""The solution up to its answer, and the answer: what follows the last ``marker`` on its line.
 
     Returns:
         None where the marker or an answer is missing.
 
     Example:
-        >>> parse_rationale("2 + 2 makes 4.\\nThe answer is 4.\\nAnything else?", "The answer is")
-        ('2 + 2 makes 4.\\nThe answer is 4', '4')
+        >>> parse_rationale("2 + 2 makes 4.\nThe answer is 4.\nAnything else?", "The answer is")
+        ('2 + 2 makes 4.\nThe answer is 4', '4')
     """
     found = list(re.finditer(rf"(?<!\w){re.escape(marker)}(?!\w):?", text))
     if not found:
@@ -285,9 +284,15 @@ def tailor(
     What cannot be used is asked for again, in at most ``PASSES`` passes; so fewer than ``n_final`` may come.
 
     Args:
+        generator: the teacher.
+        seeds: questions of the task, at least one.
         n_final: drafts to write.
-
-    For the others see ``elicit``.
+        prompts: other words than ours.
+        marker: see ``elicit``, as for all that follow.
+        unseen: what is kept apart.
+        reply_tokens: of a question or a rationale, at most.
+        temperature: of drawing.
+        seed: of the draws.
     """
     words, found = prompts or TeacherPrompts(), Elicited()
     first = words.model_copy(update={"rationale": words.rationale[:1]})
@@ -325,9 +330,7 @@ def write_drafts(drafts: Sequence[Draft], path: Path) -> None:
 
     rows = [{**vars(draft), **draft.meta} for draft in drafts]
     kinds = [pa.string()] * 3 + [pa.int64()] * 3
-    columns = {
-        name: pa.array([row[name] for row in rows], kind) for name, kind in zip(_COLUMNS, kinds, strict=True)
-    }
+    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in zip(_COLUMNS, kinds, strict=True)}
     with atomic_path(path) as place:
         pq.write_table(pa.table(columns), place)
 
@@ -337,4 +340,5 @@ def read_drafts(path: Path) -> list[Draft]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path).to_pylist()
-    return [Draft(*(row[name] for name in _COLUMNS[:3]), {name: row[name] for name in _COLUMNS[3:]}) for row in rows]
+    kept = _COLUMNS[3:]
+    return [Draft(r["question"], r["rationale"], r["answer"], {name: r[name] for name in kept}) for r in rows]

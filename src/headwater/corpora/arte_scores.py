@@ -9,7 +9,7 @@
 The keys and values of a draft are computed once and every question goes on from them. Questions of different lengths
 share a batch by padding between the draft and the question, which is masked and takes no position.
 
-Source: Liu et al., arXiv:2406.19227, section 3.2; Bock and Aitkin, "Marginal maximum likelihood estimation of item
+Source: Liu et al., arXiv:2406.19227; Bock and Aitkin, "Marginal maximum likelihood estimation of item
     parameters", Psychometrika 46, 1981.
 """
 

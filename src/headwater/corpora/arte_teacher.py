@@ -2,7 +2,7 @@
 
     loss = -log sigmoid(beta [(log pi(c) - log ref(c)) - (log pi(r) - log ref(r))]),   ref = the teacher without adapter
 
-Source: Liu et al., arXiv:2406.19227, section 3.3; the loss is ``modalities.text.preference``.
+Source: Liu et al., arXiv:2406.19227; the loss is ``modalities.text.preference``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ __all__ = ["DPOSpec", "align_teacher", "encode_preferences"]
 class DPOSpec(Spec):
     """How a teacher is aligned. What the paper used is not known to us."""
 
-    beta: float = Field(default=0.1, gt=0, le=10, description="how strongly it is held to what it was")  # section 3.3
+    beta: float = Field(
+        default=0.1, gt=0, le=10, description="how strongly it is held to what it was"
+    )  # as usual for DPO
     epochs: float = Field(default=1.0, gt=0, le=1000, description="how often each pair is read")
     rows: int = Field(default=32, gt=0, description="pairs per step")
     lora: LoraSpec | None = Field(

@@ -153,7 +153,7 @@ def reference_logps(
     lengths = [len(text.source) + len(text.target) for text in texts]
     disabled = getattr(model, "disable_adapter", None)
     base: AbstractContextManager[Any] = nullcontext() if disabled is None else disabled()
-    with base, scoring(model) as device:  # type: ignore[arg-type]  # a PEFT model has what it needs
+    with base, scoring(model) as device:
         for rows in length_batches(lengths, batch_size) if texts else []:
             batch = pad_pairs([texts[row] for row in rows], "causal", pad)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
