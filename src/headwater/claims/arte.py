@@ -52,17 +52,18 @@ from headwater.modalities.text.tokenizers import word_tokenizer
 
 __all__ = ["CLAIM", "World", "make_world"]
 
-DIALECTS, LIKED = 4, 1
+NAMES, LIKED = ("north", "east", "south", "west"), 1
+DIALECTS = len(NAMES)
 TUNING_SEED = 1000
-DPO_RATES = (1e-3, 3e-3, 1e-2)
-STUDENT_RATES = (3e-4, 1e-3, 3e-3)
+DPO_RATES = (3e-4, 1e-3, 3e-3)
+STUDENT_RATES = (1e-3, 3e-3, 1e-2)
 PRETRAINING = OptimSpec(lr=3e-3, warmup=0.05)
 KNOWN, SPREAD, SHARE = 0.9, 0.3, 0.6
 ARMS = ("arte", "unaligned", "random pairs")
 FORM = Form(ask="Q {question}", join=" ", between=" . ", marker="A")
 PROMPTS = TeacherPrompts(question="like {question} :", rationale=("Q {question}",))
 TEMPLATE = "{{ eos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-WRITTEN = 6  # tokens of a rationale and EOS, and one to spare
+WRITTEN = 7  # tokens of a rationale and EOS, and one to spare
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ SIZES: dict[Scale, Size] = {
         valid=4,
         held_out=4,
         symbols=4,
-        shape=Shape(hidden=16, layers=1, heads=2, mlp=32),
-        teacher_steps=120,
-        student_steps=40,
+        shape=Shape(hidden=32, layers=2, heads=2, mlp=64),
+        teacher_steps=150,
+        student_steps=80,
         rows=32,
         n_questions=1,
-        n_rationales=3,
+        n_rationales=5,
         n_pref=4,
         dpo_steps=3,
         n_final=8,
@@ -120,8 +121,8 @@ SIZES: dict[Scale, Size] = {
         held_out=36,
         symbols=40,
         shape=Shape(hidden=64, layers=2, heads=4, mlp=172),
-        teacher_steps=600,
-        student_steps=1200,
+        teacher_steps=500,
+        student_steps=900,
         rows=64,
         n_questions=2,
         n_rationales=4,
@@ -154,7 +155,7 @@ class World:
     def rationale(self, entity: str, dialect: int) -> str:
         """What a teacher writes."""
         number = self.symbol[entity]
-        return f"R {self.alphabets[dialect][number]} A {self.answers[number]}"
+        return f"R {NAMES[dialect]} {self.alphabets[dialect][number]} A {self.answers[number]}"
 
     def asked(self, entities: Sequence[str]) -> Pairs:
         """Entities with their answers."""
@@ -221,13 +222,14 @@ def _student_texts(world: World, count: int, rng: np.random.Generator) -> list[t
             texts.append((shot + FORM.prompt(entity), text, knows))
         else:
             number = int(rng.integers(len(world.answers)))
-            texts.append((f"R {world.alphabets[LIKED][number]}", f"A {world.answers[number]}", True))
+            symbol = world.alphabets[LIKED][number]
+            texts.append((f"R {NAMES[LIKED]} {symbol}", f"A {world.answers[number]}", True))
     return texts
 
 
 def _tokenizer(world: World) -> PreTrainedTokenizerBase:
     words = [*world.symbol, *(word for alphabet in world.alphabets for word in alphabet), *world.answers]
-    tokenizer = word_tokenizer([" ".join([*words, "Q R A . like :"])])
+    tokenizer = word_tokenizer([" ".join([*words, *NAMES, "Q R A . like :"])])
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
