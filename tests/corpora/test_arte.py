@@ -162,7 +162,7 @@ def test_degenerate_a_teacher_that_never_answers_ends() -> None:
 
 
 def test_rejects_a_prompt_without_a_question() -> None:
-    with pytest.raises(ValueError, match="must contain {question}"):
+    with pytest.raises(ValueError, match=r"must contain \{question\}"):
         TeacherPrompts(rationale=("think",))
 
 
@@ -288,8 +288,7 @@ def test_property_pairs_do_not_depend_on_order_and_turn_with_the_scores() -> Non
 
 def test_equation_questions_are_judged_by_their_rationales() -> None:
     drafts = [
-        Draft(q, f"{q} so {i}", str(i), {"seed": s})
-        for s, q, i in ((0, "x", 1), (0, "x", 2), (0, "y", 3), (1, "z", 4))
+        Draft(q, f"{q} so {i}", str(i), {"seed": s}) for s, q, i in ((0, "x", 1), (0, "x", 2), (0, "y", 3), (1, "z", 4))
     ]
     prompts = TeacherPrompts(question="like {question}", rationale=("why {question}", "how {question}"))
     found = draft_pairs(drafts, [0.2, 0.6, 0.1, 1.0], ["A", "B"], prompts, margin=0.25)

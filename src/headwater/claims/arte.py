@@ -1,15 +1,15 @@
 """Does a teacher that is aligned with a student's preferences write training data from which that student learns more?
 
 Small scale, the dialect world: an entity has a symbol, which is written in one of four dialects with alphabets of their
-own, and a symbol has an answer. Teacher and student are tiny Llamas. The teacher knows everything and writes ``R symbol
-A answer`` in a dialect that it draws uniformly; all it writes is right. The student knows the symbol of every entity in
-every dialect, and the answer of a symbol in the second dialect only; shown an example, it copies the example's dialect.
-Nothing tells the teacher what the student knows, except how the student answers validation questions with a draft of
-the teacher's as its only example. From those scores come pairs, from these an aligned teacher by DPO, and from it a set
-of examples, on which the student is tuned. Then it is asked for entities that no set holds, and must write a rationale
-of its own. Three arms share the pretrained teacher and student, the drafts and their scores, and differ in who writes
-the set: the aligned teacher (arte), the teacher as it was (unaligned), and a teacher aligned on pairs whose scores were
-shuffled within their groups (random pairs). Sets have equal sizes, and students equal steps.
+own, and a symbol has an answer. Teacher and student are tiny Llamas. The teacher knows everything and writes ``R
+dialect symbol A answer`` in a dialect that it draws uniformly; all it writes is right. The student knows the symbol of
+every entity in every dialect, and the answer of a symbol in one of them only; shown an example, it copies the example's
+dialect. Nothing tells the teacher what the student knows, except how the student answers validation questions with a
+draft of the teacher's as its only example. From those scores come pairs, from these an aligned teacher by DPO, and from
+it a set of examples, on which the student is tuned. Then it is asked for entities that no set holds, and writes
+rationales of its own. Three arms share the pretrained teacher and student, the drafts and their scores, and differ in
+who writes the set: the aligned teacher (arte), the teacher as it was (unaligned), and a teacher aligned on pairs whose
+scores were shuffled within their groups (random pairs). Sets have equal sizes, and students equal steps.
 
 Pretraining has one fixed rate, as it is shared. The rates of DPO and of the student's tuning are chosen by every arm
 from the same three each, in a world of its own seed, by the student's answers to validation questions: first that of
@@ -18,6 +18,17 @@ DPO, with the middle rate of tuning, then that of tuning.
 Sizes that differ from the first sketch of this experiment, chosen before any arm was run: 40 symbols for 12 and a set
 of 120 examples for 300. With 12 symbols, 300 examples show each symbol of each dialect six times, so tuning itself
 would teach whatever the student lacks, whoever wrote the set.
+
+Changed after pilots on seeds 0 and 1, for both aligned arms alike where it concerns DPO; margins were not:
+- A rationale names its dialect. Without the name a teacher of this size has no notion of a dialect, and learned each
+  entity's pair by heart.
+- DPO's adapters sit on the output layer, with beta 1. Inside the layers of so small a model they made both texts of a
+  pair unlikely, the better one by 14 nats, and the teacher then wrote nonsense: a known failing of DPO. Texts are six
+  tokens long, so at beta 0.1 the loss asks for margins that only broken texts have.
+- The student's rationales are drawn, eight for each entity, and the figure is the share of right ones. Greedily, a
+  nearly even choice among four dialects is one coin toss for a whole world.
+- The grid of tuning was moved up, as its highest rate was the best one of the unaligned arm; pretraining was cut by a
+  fifth, as both models knew their worlds.
 """
 
 from __future__ import annotations
@@ -42,6 +53,7 @@ from headwater.core.rng import derive_seed, numpy_generator
 from headwater.corpora.arte_drafts import Draft, Form, TeacherPrompts, Unseen, elicit, parse_rationale, tailor
 from headwater.corpora.arte_scores import draft_pairs, icl_scores, select_discriminative
 from headwater.corpora.arte_teacher import DPOSpec, align_teacher
+from headwater.modalities.text.generate import Message, Request
 from headwater.modalities.text.generate_hf import HFGenerator
 from headwater.modalities.text.instruct import exact_match
 from headwater.modalities.text.objectives import CausalObjective
@@ -55,6 +67,8 @@ __all__ = ["CLAIM", "World", "make_world"]
 NAMES, LIKED = ("north", "east", "south", "west"), 1
 DIALECTS = len(NAMES)
 TUNING_SEED = 1000
+BETA = 1.0
+DRAWS = 8
 DPO_RATES = (3e-4, 1e-3, 3e-3)
 STUDENT_RATES = (1e-3, 3e-3, 1e-2)
 PRETRAINING = OptimSpec(lr=3e-3, warmup=0.05)
@@ -63,7 +77,7 @@ ARMS = ("arte", "unaligned", "random pairs")
 FORM = Form(ask="Q {question}", join=" ", between=" . ", marker="A")
 PROMPTS = TeacherPrompts(question="like {question} :", rationale=("Q {question}",))
 TEMPLATE = "{{ eos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-WRITTEN = 7  # tokens of a rationale and EOS, and one to spare
+WRITTEN = 7  # tokens: a rationale, EOS and one to spare
 
 
 @dataclass(frozen=True)
@@ -313,8 +327,9 @@ class Setting:
             pairs = draft_pairs(self.drafts, scores, self.world.seeds, PROMPTS, per_group=3)
             rows = min(32, len(pairs))
             spec = DPOSpec(
+                beta=BETA,
                 epochs=self.size.dpo_steps * rows / len(pairs),
-                lora=LoraSpec(),
+                lora=LoraSpec(target_modules=("lm_head",)),
                 optim=OptimSpec(lr=rate, weight_decay=0.0, warmup=0.1),
                 fit=FitSettings(precision="fp32", micro_rows=rows),
             )
@@ -353,12 +368,18 @@ class Setting:
         return reader
 
     def right(self, reader: PairModel, entities: Sequence[str]) -> list[float]:
-        """Whether the student's own rationale for each entity ends in its answer."""
-        asked = self.world.asked(entities)
-        parsed = [
-            parse_rationale(text, FORM.marker) for text in reader.answers([FORM.prompt(e) for e in asked.sources])
+        """The share of the student's own rationales for each entity that end in its answer."""
+        asked, writer = self.world.asked(entities), HFGenerator(cast(PreTrainedModel, reader.model), self.tokenizer)
+        requests = [
+            Request((Message("user", FORM.prompt(entity)),), WRITTEN, seed=self.seed, sample=draw)
+            for entity in asked.sources
+            for draw in range(DRAWS)
         ]
-        return [exact_match(p[1], answer) if p else 0.0 for p, answer in zip(parsed, asked.targets, strict=True)]
+        parsed = [parse_rationale(reply.text, FORM.marker) for reply in writer.generate(requests)]
+        answers = [answer for answer in asked.targets for _ in range(DRAWS)]
+        exact = [exact_match(p[1], answer) if p else 0.0 for p, answer in zip(parsed, answers, strict=True)]
+        found: list[float] = np.reshape(exact, (-1, DRAWS)).mean(axis=1).tolist()
+        return found
 
     def nats(self, reader: PairModel, entities: Sequence[str]) -> float:
         """Mean over rationales in the liked dialect: what breaks ties between rates."""
