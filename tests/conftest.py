@@ -424,6 +424,41 @@ def skill_mix_fields(corpora_fields: dict[str, object], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def arte_fields(corpora_fields: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields that make ARTE run in three seconds: the teacher draws from six words, one of which is the marker."""
+    from headwater.modalities.text.tiny import tiny_llama
+    from headwater.modalities.text.tokenizers import word_tokenizer
+
+    root = tmp_path_factory.mktemp("arte")
+    tokenizer = word_tokenizer(["so sum mean axis graph node"])
+    for seed, name in enumerate(("teacher", "student")):
+        tiny_llama(tokenizer, 16, 1, 2, 32, context=64, generator_seed=seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name, word in (("seeds", "edge"), ("validation", "path"), ("test", "tree")):
+        rows = [json.dumps({"text": f"{word} number {i}", "label": ("sum", "mean")[i % 2]}) for i in range(5)]
+        (root / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {
+        **corpora_fields,
+        **{name: str(root / f"{name}.jsonl") for name in ("seeds", "validation", "test")},
+        "sources": {},
+        "model": str(root / "student"),
+        "teacher": {"kind": "hf", "model": str(root / "teacher")},
+        "prompts": {"question": "like {question}", "rationale": ["solve {question}", "think {question}"]},
+        "marker": "so",
+        "ask": "{question}",
+        "between": " ",
+        "n_questions": 3,
+        "n_rationales": 6,
+        "n_final": 12,
+        "score": "nll",
+        "margin": 1e-7,
+        "reply_tokens": 16,
+        "max_answer": 6,
+        "dpo": {"rows": 4, "optim": {"lr": 1e-3}, "fit": {"precision": "fp32", "checkpoint_every": 2}},
+    }
+
+
+@pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of six tasks of Natural Instructions: two categories, three data sets, thirty instances each."""
     root = tmp_path_factory.mktemp("tasks")

@@ -259,6 +259,7 @@ METHODS: dict[str, Setting] = {
     ),
     "meta_tuning": Setting(fixture="meta_fields", opens=opens_as_language_model),
     "prox": Setting(fixture="prox_fields", opens=opens_as_language_model),
+    "arte": Setting(fixture="arte_fields", opens=opens_as_language_model),
     "entigraph": Setting(fixture="entigraph_fields", opens=opens_as_language_model),
     "skill_mix": Setting(fixture="skill_mix_fields", opens=opens_as_language_model),
     "levi": Setting(fixture="levi_fields", opens=opens_as_safetensors),
