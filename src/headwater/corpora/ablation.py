@@ -68,9 +68,9 @@ class AblationAxis(Spec):
         texts = [value] if isinstance(value, str) else value if isinstance(value, tuple) else []
         match self.kind:
             case "age":
-                years = value if isinstance(value, tuple) else (value,)
-                whole = all(isinstance(year, float) and year.is_integer() for year in years)
-                if not whole or list(years) != sorted(years):
+                years = [year for year in _tuple(value) if isinstance(year, float)]
+                whole = len(years) == len(_tuple(value)) > 0 and all(year.is_integer() for year in years)
+                if not whole or years != sorted(years):
                     raise ValueError(f"age: a year, or [first, last]; got {_said(value)}")
             case "quality" | "toxicity":
                 if not isinstance(value, float) or not 0 < value <= 1:
@@ -103,9 +103,7 @@ class AblationAxis(Spec):
         """First and last year of each variant by its name; none for other kinds."""
         if self.kind != "age":
             return {}
-        return {
-            self._variant(value)[0]: (int(_tuple(value)[0]), int(_tuple(value)[-1])) for value in self.values
-        }
+        return {self._variant(value)[0]: (int(_tuple(value)[0]), int(_tuple(value)[-1])) for value in self.values}
 
     def named(self) -> dict[str, Steps]:
         """What each variant does after the base, by its name."""

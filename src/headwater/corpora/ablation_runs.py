@@ -121,14 +121,21 @@ class VariantRuns:
             atomic_write_text(place / "result.json", json.dumps(self.results[name]) + "\n")
 
     def save(self, name: str) -> None:
-        """Write the variant's model, as transformers opens it, to ``variants/NAME/model``."""
-        if self.ctx.run.is_main_process:
-            place: Path = self.directory / name / "model"
+        """Write the variant's model, as transformers opens it, to ``variants/NAME/model``, once."""
+        place: Path = self.directory / name / "model"
+        if self.ctx.run.is_main_process and not (place / "README.md").exists():
             self.restored(name).save_pretrained(place)
             self.ctx.tokenizer.save_pretrained(place)
+            atomic_write_text(place / "README.md", _README.format(name))  # last: it says that the rest is whole
 
     def forget(self) -> None:
         """Remove the weights."""
         if self.ctx.run.is_main_process:
             for name in self.tables:
                 shutil.rmtree(self.directory / name / "checkpoints", ignore_errors=True)
+
+
+_README = """# Variant {0}
+
+A throw-away model of an ablation, before any finetuning: `AutoModelForCausalLM.from_pretrained(DIR)`.
+"""

@@ -28,7 +28,7 @@ class Scoring(Protocol):
     """The family's figures of a model on what is held out, which the caller does not see."""
 
     def __call__(self, model: nn.Module, *, only: Collection[str] | None = None) -> tuple[Metrics, dict[str, Any]]:
-        """Metrics, and for each that is a mean the ``ids`` and ``values`` of its items; of all sets, or ``only`` some."""
+        """Metrics of all sets, or ``only`` some, and ``ids`` and ``values`` of the items of each that is a mean."""
         ...
 
 

@@ -28,6 +28,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -48,7 +49,7 @@ from headwater.corpora.profile import corpus_profile
 from headwater.corpora.temporal import TDResult, temporal_degradation
 from headwater.modalities.text.conditions import condition
 from headwater.modalities.text.docs import CorpusError, Document
-from headwater.modalities.text.document_store import DocumentStore, stored_corpus, write_documents
+from headwater.modalities.text.document_store import DocumentStore, write_documents
 from headwater.modalities.text.examples import PlainFormatter, formatted, target_counts
 from headwater.modalities.text.instruct import AnswerFormatter, answered
 from headwater.modalities.text.sources import open_labelled
@@ -285,7 +286,9 @@ class PretrainersGuide(CorpusRecipe):
         results = runs.results
         values = {name: {m: own["values"] for m, own in found["items"].items()} for name, found in results.items()}
         ablation_table(values).to_csv(ctx.run.path("ablation.csv"), index=False)
-        metrics = {f"variants/{name}/{m}": value for name, own in results.items() for m, value in own["metrics"].items()}
+        metrics = {
+            f"variants/{name}/{m}": value for name, own in results.items() for m, value in own["metrics"].items()
+        }
         metrics |= self._degradation(ctx, values)
         runs.forget()
         return metrics
@@ -307,7 +310,9 @@ class PretrainersGuide(CorpusRecipe):
             toxic = continuation_scores(model, ctx.tokenizer, texts, self.generation.scorer.scorer(), **settings)
             items["generation/worst"] = {"ids": prompts.ids(), "values": toxic.max(axis=1).tolist()}
             items["generation/mean"] = {"ids": prompts.ids(), "values": toxic.mean(axis=1).tolist()}
-            metrics |= {f"generation/{of}": float(np.mean(items[f"generation/{of}"]["values"])) for of in ("worst", "mean")}
+            metrics |= {
+                f"generation/{of}": float(np.mean(items[f"generation/{of}"]["values"])) for of in ("worst", "mean")
+            }
         costs = []
         for what, documents in tuning.items():
             assert self.finetune is not None
@@ -319,9 +324,7 @@ class PretrainersGuide(CorpusRecipe):
         metrics |= {"documents": float(len(runs.tables[name]))}
         runs.keep(name, metrics=metrics, items=items, tuning=costs)
 
-    def _degradation(
-        self, ctx: CorpusContext, values: Mapping[str, Mapping[str, Sequence[float]]]
-    ) -> dict[str, float]:
+    def _degradation(self, ctx: CorpusContext, values: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
         """Loss per year of distance, over questions (exact answers) and over texts (bits per byte, negated)."""
         ages = {
             name: (first + last) / 2
@@ -352,7 +355,7 @@ class PretrainersGuide(CorpusRecipe):
         }
 
 
-def _made(ctx: CorpusContext, name: str) -> Any:  # Any: a Path
+def _made(ctx: CorpusContext, name: str) -> Path:
     place = ctx.run.path("variants") / name
     place.mkdir(parents=True, exist_ok=True)
     return place

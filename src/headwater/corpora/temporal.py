@@ -1,6 +1,6 @@
 """Temporal degradation: what a model loses for every year between what it has read and what it is asked.
 
-    D[p, e] = S[e*, e] - S[p, e]            e*: the pretraining year nearest to e, the earlier of two that are equally near
+    D[p, e] = S[e*, e] - S[p, e]            e*: the pretraining year nearest to e, or the earlier of two
     D[p, e] ~ intercept + TD |p - e|        least squares over all pairs with p != e*
 
 S[p, e] is the score on evaluation year e after pretraining on year p, higher is better. TD is in points of the score
