@@ -91,12 +91,14 @@ class QualitySize:
 
     Attributes:
         chars: of docstrings, held-out ones included.
+        held_out: share of documents that the recipe keeps aside for itself.
         eval_chars: of each set that is scored.
         vocab, hidden, layers, heads: of tokenizer and model.
         seq_len, batch_tokens, steps: of the training.
     """
 
     chars: int
+    held_out: float
     eval_chars: int
     vocab: int
     hidden: int
@@ -116,9 +118,12 @@ class Size:
 
 
 SIZES: dict[Scale, Size] = {
-    "smoke": Size(AgeSize(24, 8, 16, 1, 2, 5_120, 1_024), QualitySize(120_000, 2_000, 512, 16, 1, 2, 64, 512, 10)),
+    "smoke": Size(
+        AgeSize(24, 8, 16, 1, 2, 5_120, 1_024), QualitySize(300_000, 0.25, 2_000, 512, 16, 1, 2, 64, 512, 10)
+    ),
     "small": Size(
-        AgeSize(100, 40, 64, 2, 4, 200_000, 20_000), QualitySize(3_500_000, 40_000, 2_048, 64, 2, 4, 128, 2_048, 120)
+        AgeSize(100, 40, 64, 2, 4, 200_000, 20_000),
+        QualitySize(3_500_000, 0.04, 40_000, 2_048, 64, 2, 4, 128, 2_048, 120),
     ),
 }
 
@@ -389,7 +394,7 @@ def _quality_recipe(size: QualitySize, world: QualityWorld, evals: dict[str, Pat
             "axes": [{"kind": "quality", "values": [THRESHOLD]}],
             "max_epochs": 1000,
             "evals": {name: str(path) for name, path in evals.items()},
-            "held_out": 0.04,
+            "held_out": size.held_out,
             "eval_chars": size.eval_chars,
             "packing": "concat",
             "seq_len": size.seq_len,
