@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 from tests.conftest import sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.claims.pretrainers_guide import AgeSize, degraded, doctests_of, make_dated_world, prose_of
+from headwater.claims.pretrainers_guide import CLAIM, AgeSize, degraded, doctests_of, make_dated_world, prose_of
+from headwater.core.claim import judge
 from headwater.core.recipe import RecipeError
 from headwater.corpora.ablation import AblationAxis, ablation_table, make_variants, year_of
 from headwater.corpora.continuations import continuation_scores
@@ -343,11 +344,11 @@ def test_oracle_continuations_are_the_models_own(tiny_causal: Path) -> None:
 
 
 def test_property_a_value_survives_as_often_as_said(tmp_path: Path) -> None:
-    world = make_dated_world(AgeSize(1_000, 40, 16, 1, 2, 1, 1), 3, tmp_path)
+    world = make_dated_world(AgeSize(300, 40, 16, 1, 2, 1, 1), 3, tmp_path)
     for distance in (1, 3, 6):
         same = np.mean([world.facts[y] == world.facts[y + distance] for y in range(9 - distance + 1)])
         # A value that changed may have come back, by 1/39 of the changes at most.
-        assert 0.85**distance - 0.015 < same < 0.85**distance + 0.035
+        assert 0.85**distance - 0.025 < same < 0.85**distance + 0.045
 
 
 def test_equation_the_parts_of_a_docstring() -> None:
@@ -361,3 +362,13 @@ def test_equation_the_parts_of_a_docstring() -> None:
     kinds = {degraded(text, np.random.default_rng(seed)) for seed in range(20)}
     assert any(kind.startswith("00000000  52 65 74") for kind in kinds)
     assert any(sorted(kind.splitlines()) == sorted(text.splitlines()) and kind != text for kind in kinds)
+
+
+def test_property_the_experiment_runs_and_measures_every_part(tmp_path: Path) -> None:
+    measured = CLAIM.measure("smoke", 100, tmp_path / "claim" / "seed" / "hash")
+    verdict = judge(CLAIM, "smoke", {100: measured})
+    assert len(verdict["parts"]) == 4
+    assert verdict["verdict"] == "inconclusive"
+    assert measured.arms["filtered"]["documents"] < measured.arms["unfiltered"]["documents"]
+    right = np.mean([measured.arms[f"year {year}"]["right answers"] for year in (3, 9)])
+    assert measured.arms["year beside"]["right answers"] == pytest.approx(right)
