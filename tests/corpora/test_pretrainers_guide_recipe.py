@@ -65,7 +65,13 @@ def fields(corpora_fields: Fields, tmp_path_factory: pytest.TempPathFactory) -> 
             {"kind": "toxicity", "values": [0.05]},
             {"kind": "age", "values": [2011, [2012, 2013]]},
             {"kind": "domain", "values": ["web"]},
-            {"kind": "steps", "values": [[{"kind": "sample", "rate": 0.5}]]},
+            {
+                "kind": "steps",
+                "values": [
+                    [{"kind": "sample", "rate": 0.5}],
+                    [{"kind": "best", "fraction": 0.5}, {"kind": "keep", "when": "year in [2011]"}],
+                ],
+            },
         ],
     }
 
@@ -113,7 +119,7 @@ def test_oracle_a_variant_is_what_its_steps_leave_when_run_whole(
     recipe: Any = load_recipe({**fields, "max_epochs": 50})
     base = DocumentStore(directory / "base.arrow")
     variants = make_variants(recipe.curation.steps, recipe.axes)
-    for name, shard in (("quality-0.6", 17), ("toxicity-0.05", 1_000), ("steps-sample", 40)):
+    for name, shard in (("quality-0.6", 17), ("toxicity-0.05", 1_000), ("steps-sample", 40), ("steps-best-keep", 9)):
         spec = CurationSpec(steps=variants[name], shard_documents=shard)
         whole = spec.run(base, tmp_path / name, seed=recipe.seed, warn=lambda topic, words: None)
         assert whole.documents.ids() == ids(directory, name)
@@ -125,7 +131,7 @@ def test_property_documents_are_scored_once_for_all_variants(built: tuple[Path, 
     scored = [step for step in steps if step["name"].startswith("score")]
     assert [step["docs_in"] for step in scored] == [len(ids(directory, "base"))] * 2
     again = [path.parent.parent.name for path in (directory / "variants").rglob("steps.json")]
-    assert again == ["steps-sample"], "the one variant that is more than a condition"
+    assert sorted(again) == ["steps-best-keep", "steps-sample"], "the variants that are more than a condition"
     (own,) = json.loads((directory / "variants" / "steps-sample" / "curation" / "steps.json").read_text())
     assert own["name"] == "sample 0.5"
 
@@ -148,7 +154,7 @@ def test_oracle_the_base_is_the_runs_own_model_and_the_table_its_difference(buil
         assert result.metrics[f"variants/quality-1/{metric}"] == result.metrics[metric]
         assert result.metrics[f"variants/base/{metric}"] == result.metrics[metric]
     table = pd.read_csv(directory / "ablation.csv").set_index(["variant", "metric"])
-    assert len(table) == 8 * 2
+    assert len(table) == 9 * 2
     for name in ("quality-0.6", "without-web"):
         row = table.loc[(name, "eval/other/bpb")]
         difference = result.metrics[f"variants/{name}/eval/other/bpb"] - result.metrics["eval/other/bpb"]
@@ -209,7 +215,7 @@ def asked(fields: Fields, tmp_path_factory: pytest.TempPathFactory) -> Fields:
         "axes": [{"kind": "age", "values": [2010, 2011, 2013]}],
         "questions": questions,
         "eval_years": {"y2011": 2011, "y2013": 2013, "other": 2012},
-        "finetune": {"data": data, "tokens": 256 * 20, "lr": 2e-2},
+        "finetune": {"data": data, "tokens": 256 * 40, "lr": 2e-2},
         "max_answer": 4,
         "max_epochs": 50,
     }

@@ -90,6 +90,7 @@ class QualitySize:
     """How large the experiment on quality is.
 
     Attributes:
+        packages: whose docstrings are read.
         chars: of docstrings, held-out ones included.
         held_out: share of documents that the recipe keeps aside for itself.
         eval_chars: of each set that is scored.
@@ -97,6 +98,7 @@ class QualitySize:
         seq_len, batch_tokens, steps: of the training.
     """
 
+    packages: tuple[str, ...]
     chars: int
     held_out: float
     eval_chars: int
@@ -119,11 +121,12 @@ class Size:
 
 SIZES: dict[Scale, Size] = {
     "smoke": Size(
-        AgeSize(24, 8, 16, 1, 2, 5_120, 1_024), QualitySize(300_000, 0.25, 2_000, 512, 16, 1, 2, 64, 512, 10)
+        AgeSize(24, 8, 16, 1, 2, 5_120, 1_024),
+        QualitySize(("networkx",), 300_000, 0.25, 2_000, 512, 16, 1, 2, 64, 512, 10),
     ),
     "small": Size(
         AgeSize(100, 40, 64, 2, 4, 200_000, 20_000),
-        QualitySize(3_500_000, 0.04, 40_000, 2_048, 64, 2, 4, 128, 2_048, 120),
+        QualitySize(PACKAGES, 3_500_000, 0.04, 40_000, 2_048, 64, 2, 4, 128, 2_048, 120),
     ),
 }
 
@@ -177,13 +180,12 @@ def make_dated_world(size: AgeSize, seed: int, directory: Path) -> DatedWorld:
         for e, entity, a, attribute in places
     ]
     half = size.entities // 2 * len(ATTRIBUTES)
-    world = DatedWorld(
-        *(directory / f"{name}.jsonl" for name in ("documents", "learned", "asked")), directory / "lm", facts
-    )
+    documents, learned, asked = (directory / f"{name}.jsonl" for name in ("documents", "learned", "asked"))
+    world = DatedWorld(documents, learned, asked, directory / "lm", facts)
     _write(world.documents, rows)
     _write(world.learned, questions[:half])
     _write(world.asked, questions[half:])
-    tokenizer = word_tokenizer([*(row["text"] for row in rows), *(row["text"] for row in questions)])
+    tokenizer = word_tokenizer([str(row["text"]) for row in (*rows, *questions)])
     shape = Shape(hidden=size.hidden, layers=size.layers, heads=size.heads, mlp=172 * size.hidden // 64)
     tiny_llama(tokenizer, **shape, context=64, tie=False, generator_seed=0).save_pretrained(world.model)
     tokenizer.save_pretrained(world.model)
@@ -274,11 +276,11 @@ class QualityWorld:
 
 def make_quality_world(size: QualitySize, seed: int, directory: Path) -> QualityWorld:
     """Hold documents out, degrade half of the others, and write all with a tokenizer and an architecture."""
-    world = QualityWorld(
-        *(directory / f"{name}.jsonl" for name in ("documents", "positives", "valid", "prose", "doctests")),
-        directory / "lm",
+    documents, positives, valid, prose, doctests = (
+        directory / f"{name}.jsonl" for name in ("documents", "positives", "valid", "prose", "doctests")
     )
-    docs = docstring_corpus(PACKAGES, limit_chars=size.chars)
+    world = QualityWorld(documents, positives, valid, prose, doctests, directory / "lm")
+    docs = docstring_corpus(size.packages, limit_chars=size.chars)
     ids = [document.id for document in docs]
     # What rates are tuned on is the same for every seed and in the test of none.
     tuned = split_sides(ids, (0.95, 0.0, 0.05), salt="guide tuning") == 2

@@ -10,8 +10,9 @@ Source: Longpre et al., "A Pretrainer's Guide to Training Data: Measuring the Ef
     Quality & Toxicity", arXiv:2305.13169: 28 decoder models of 1.5B parameters on variants of C4 and the Pile.
 Differs: the score of quality is a classifier's between your curated texts and the rest, as the paper's, but ours (see
     ``QualityClassifier``), and text that repeats held-out documents is left out of its positives with a warning; age is
-    a date of the document, where the paper has crawls of four years; temporal degradation as ``temporal`` defines it.
-    The report is tables and the curation page; the picture of toxic generation against score is left to the user.
+    a date of the document, where the paper has crawls of four years; temporal degradation as ``temporal`` defines it;
+    thresholds as ``ablation`` does. Toxicity of what is written is of any scorer, the paper's being a service. The
+    report is tables and the curation page, without the picture of toxic generation against score.
 Needs: text with dates, domains or something to score it by; held-out text or questions that matter.
 
 Carried over from the paper, as what to look for: what was pretrained on older or newer text than it is asked loses
@@ -28,6 +29,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,7 +45,7 @@ from headwater.corpora.ablation_runs import VariantRuns
 from headwater.corpora.base import CorpusRecipe, TableName, check_no_question_is_read
 from headwater.corpora.context import CorpusContext
 from headwater.corpora.continuations import GenerationEval, continuation_scores
-from headwater.corpora.curation import CurationSpec, FieldName, KeepSpec
+from headwater.corpora.curation import CurationSpec, FieldName, KeepSpec, StepSpec
 from headwater.corpora.plan import Corpus, Reading, Scoring
 from headwater.corpora.profile import corpus_profile
 from headwater.corpora.temporal import TDResult, temporal_degradation
@@ -129,7 +131,7 @@ class PretrainersGuide(CorpusRecipe):
     def build(self, ctx: CorpusContext) -> Corpus:
         """Make the base and its variants, train a model for each, and plan to read the one that was named."""
         base = self._base(ctx)
-        corpus_profile(base).to_csv(ctx.run.path("profile.csv"))
+        atomic_write_text(ctx.run.path("profile.csv"), corpus_profile(base).to_csv())
         tables = self._variants(ctx, base)
         as_run = self.read if self.read != BEST and self.variant_tokens is None else None
         runs = VariantRuns(ctx, tables, self._variant_budget, as_run)
@@ -198,7 +200,7 @@ class PretrainersGuide(CorpusRecipe):
         counts = target_counts(formatted(base, PlainFormatter(ctx.tokenizer), ctx.room), len(base))
         tables: dict[str, DocumentStore] = {}
         for name, steps in make_variants((), self.axes, self.cross).items():
-            keeps = [condition(step.when) for step in steps if isinstance(step, KeepSpec)]
+            keeps = [condition(step.when) for step in takewhile(_is_keep, steps) if isinstance(step, KeepSpec)]
             kept = np.flatnonzero([all(keep(meta) for keep in keeps) for meta in metadata])
             self._check_size(name, counts, kept, metadata)
             tables[name] = self._further(ctx, name, steps, base.select(kept) if name != BASE else base)
@@ -206,8 +208,8 @@ class PretrainersGuide(CorpusRecipe):
         return tables
 
     def _further(self, ctx: CorpusContext, name: str, steps: Steps, kept: DocumentStore) -> DocumentStore:
-        """What is left after those steps of a variant that are more than a condition."""
-        further = tuple(step for step in steps if not isinstance(step, KeepSpec))
+        """What is left after the steps of a variant from the first on that is more than a condition."""
+        further = tuple(dropwhile(_is_keep, steps))
         if not further:
             return kept
         spec = self.curation or CurationSpec(steps=further)
@@ -285,7 +287,7 @@ class PretrainersGuide(CorpusRecipe):
                 ctx.meter.add(Cost.from_dict(cost))
         results = runs.results
         values = {name: {m: own["values"] for m, own in found["items"].items()} for name, found in results.items()}
-        ablation_table(values).to_csv(ctx.run.path("ablation.csv"), index=False)
+        atomic_write_text(ctx.run.path("ablation.csv"), ablation_table(values).to_csv(index=False))
         metrics = {
             f"variants/{name}/{m}": value for name, own in results.items() for m, value in own["metrics"].items()
         }
@@ -353,6 +355,10 @@ class PretrainersGuide(CorpusRecipe):
             for name, value in own.items()
             if name != "ci" and value is not None
         }
+
+
+def _is_keep(step: StepSpec) -> bool:
+    return isinstance(step, KeepSpec)
 
 
 def _made(ctx: CorpusContext, name: str) -> Path:
