@@ -320,6 +320,10 @@ class _Seen:
 def test_oracle_continuations_are_the_models_own(tiny_causal: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_causal)
     tokenizer = AutoTokenizer.from_pretrained(tiny_causal)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(10)  # so that what stands before decides
     prompts = [text[:20] for text in sentences("general", 3)]
     seen = _Seen()
     scores = continuation_scores(model, tokenizer, prompts, seen, n=2, max_tokens=6, top_p=1e-9)
