@@ -2,17 +2,18 @@
 
 *Age.* A world of entities with four attributes each; every year each value changes with probability 0.15. Documents of
 a year state its facts in six wordings. A model is pretrained on the documents of each of the years 0, 3, 6 and 9 for
-equal tokens, finetuned on questions of year 6 about one half of the entities, and asked those
-of year 6 about the other half. A value of year 3 or 9 is that of year 6 with probability 0.61 at least.
+equal tokens, finetuned on questions of year 6 about one half of the entities, and asked those of year 6 about the
+other half. A value of year 3 or 9 is that of year 6 with probability 0.61 at least.
 
 *Quality.* Docstrings, half of which are made into what a filter is for: parameter tables without their sentences,
 outputs of doctests, shuffled lines, hexadecimal dumps. The score tells chapters of Python's reference from all of it.
 One model reads everything, the other what scores well, for equal tokens; both predict held-out prose and doctests.
 
-What was fixed by looking at the aligned and the unfiltered model alone: with 200 entities and 250 thousand tokens the
-aligned model answered 65 % of the questions, below the 70 % that the experiment asks for, so there are 100 entities;
-the threshold keeps about a third of the documents, as a probability means something else where positives are fewer; and
-key words stand just before the value, as in the claim of MeCo.
+What was changed after pilots on other seeds, for what the aligned model answered and how much is kept, and for no
+difference between arms: with 200 entities and 250 thousand tokens the aligned model answered 65 % of the questions,
+below the 70 % that the experiment asks for, so there are 100 entities; the threshold keeps about a third of the
+documents, as a probability means something else where positives are fewer. As in the claim of MeCo, the entity stands
+just before the value, and input and output embeddings are not shared.
 
 Every arm, each year by itself, chooses its learning rate from the same three on a seed of its own: years by what they
 answer in another world after finetuning at a third of the rate, *Quality* by prose that is held out for that.
@@ -202,7 +203,7 @@ def _age(scale: Scale, seed: int, directory: Path) -> tuple[dict[int, NDArray[np
     size = SIZES[scale].age
     rates = dict.fromkeys(YEARS, LEARNING_RATES[0]) if scale == "smoke" else _age_rates(scale, directory)
     world = make_dated_world(size, seed, directory)
-    right = {}
+    right: dict[int, NDArray[np.float64]] = {}
     for lr in sorted(set(rates.values())):  # years of one rate share a run
         years = [year for year in YEARS if rates[year] == lr]
         execute(_age_recipe(size, world, lr, seed, years), directory / f"lr-{lr:g}", resume=True)
