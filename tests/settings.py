@@ -181,6 +181,7 @@ FAMILIES: dict[str, Setting] = {
             "stratified": {"skill_field": "source"},
             "skill_it": {"skill_field": "source", "rounds": 2, "graph": {"steps": 2}},
             "pints": {"positives": "headwater:topics", "keep": {"share": 0.8}, "review": "skip"},
+            "pretrainers_guide": {"axes": [{"kind": "domain", "field": "source", "values": ["s0"]}]},
         },
     ),
     "domain": Setting(

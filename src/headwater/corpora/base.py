@@ -33,7 +33,7 @@ from headwater.modalities.text.sources import open_labelled
 if TYPE_CHECKING:
     from headwater.core.run import Run
 
-__all__ = ["FAMILY", "CorpusRecipe"]
+__all__ = ["FAMILY", "CorpusRecipe", "check_no_question_is_read"]
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ class CorpusRecipe(Recipe):
         corpus = self.build(ctx)
         seconds = time.monotonic() - begin
         asked = self.asked()
-        _no_question_is_read(corpus, asked)
+        check_no_question_is_read(corpus.tables, asked)
         evaluation, reader = Evaluation(ctx, tests, asked, corpus.midway), Reader(ctx, corpus)
         fit_phases(
             reader.phases(),
@@ -142,6 +142,8 @@ class CorpusRecipe(Recipe):
         metrics |= evaluation.final(ctx.model, corpus.conditions, run)
         if corpus.examine is not None:
             metrics |= corpus.examine(ctx.model)
+        if corpus.compare is not None:
+            metrics |= corpus.compare(evaluation.score)
         _save(self, ctx, corpus, reader)
         run.cost = ctx.meter.cost.to_dict()
         return metrics
@@ -163,10 +165,14 @@ def _bytes(documents: Sequence[Document]) -> int:
     return sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents)
 
 
-def _no_question_is_read(corpus: Corpus, asked: Mapping[str, Pairs]) -> None:
-    """Refuse a table that holds a question as a prompt; text that quotes one is for ``Decontaminate`` to find."""
+def check_no_question_is_read(tables: Mapping[str, Sequence[Document]], asked: Mapping[str, Pairs]) -> None:
+    """Refuse a table that holds a question as a prompt; text that quotes one is for ``Decontaminate`` to find.
+
+    Raises:
+        CorpusError: names table, question and set.
+    """
     known = {source_digest(source): name for name, pairs in asked.items() for source in pairs.sources}
-    for table, documents in corpus.tables.items() if known else ():
+    for table, documents in tables.items() if known else ():
         for document in documents:
             if "prompt" in document.meta and (name := known.get(source_digest(str(document.meta["prompt"])))):
                 raise CorpusError(

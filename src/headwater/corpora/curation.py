@@ -28,7 +28,17 @@ from headwater.modalities.text.docs import CorpusError, Document, split_sides
 from headwater.modalities.text.document_store import DocumentStore, stored_corpus
 from headwater.modalities.text.prepared import held_out_sample
 
-__all__ = ["Curation", "CurationSpec", "ExecutorSpec", "StepSpec", "train_quality"]
+__all__ = [
+    "ClassifierSpec",
+    "Curation",
+    "CurationSpec",
+    "ExecutorSpec",
+    "FieldName",
+    "KeepSpec",
+    "LexiconSpec",
+    "StepSpec",
+    "train_quality",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +103,12 @@ class ClassifierSpec(Spec):
     field: FieldName = Field(description="metadata to write to")
     max_tokens: int = Field(default=512, gt=0, description="a longer text is cut")
 
+    def scorer(self) -> Any:  # Any: a TextScorer, whose module is heavy
+        """Open it."""
+        from headwater.modalities.text.quality import HFScorer
+
+        return HFScorer(self.model, self.label, max_tokens=self.max_tokens)
+
 
 class LexiconSpec(Spec):
     """Scores each document: the share of its words that are in a list."""
@@ -100,6 +116,12 @@ class LexiconSpec(Spec):
     kind: Literal["lexicon"] = Field(description="which step this is")
     words: Path = Field(description="a text file, one word a line")
     field: FieldName = Field(default="toxicity", description="metadata to write to")
+
+    def scorer(self) -> Any:  # Any: a TextScorer, whose module is heavy
+        """Open it."""
+        from headwater.modalities.text.quality import LexiconScorer
+
+        return LexiconScorer(self.words.read_text(encoding="utf-8").splitlines())
 
 
 class KeepSpec(Spec):
@@ -260,7 +282,6 @@ def _log(topic: str, message: str) -> None:
 
 def _block(step: Any, documents: DocumentStore, directory: Path, seed: int, warn: Warn, read: Read) -> Any:
     from headwater.modalities.text import curate, steps
-    from headwater.modalities.text.quality import HFScorer, LexiconScorer
 
     match step:
         case BlockSpec():
@@ -271,10 +292,8 @@ def _block(step: Any, documents: DocumentStore, directory: Path, seed: int, warn
             classifier = train_quality(positives, negatives, seed=derive_seed(seed, "quality", step.field), warn=warn)
             classifier.save(directory / step.field)
             return steps.Score(step.field, classifier)
-        case ClassifierSpec():
-            return steps.Score(step.field, HFScorer(step.model, step.label, max_tokens=step.max_tokens))
-        case LexiconSpec():
-            return steps.Score(step.field, LexiconScorer(step.words.read_text(encoding="utf-8").splitlines()))
+        case ClassifierSpec() | LexiconSpec():
+            return steps.Score(step.field, step.scorer())
         case KeepSpec():
             return steps.Keep(step.when)
         case BestSpec():

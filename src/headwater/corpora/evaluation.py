@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -133,18 +133,27 @@ class Evaluation:
                     series.append((tokens, point[name]))
         self._tokens_before += trained.tokens
 
-    def final(self, model: nn.Module, conditions: Mapping[str, Condition], run: Run) -> Metrics:
-        """Score every set, as it is and under every condition; write the run's files and return the metrics."""
+    def score(
+        self,
+        model: nn.Module,
+        conditions: Mapping[str, Condition] | None = None,
+        *,
+        only: Collection[str] | None = None,
+    ) -> tuple[Metrics, dict[str, Any]]:  # Any: JSON data
+        """Score every set, or ``only`` some, as it is and under every condition; metrics, and items of each mean."""
         model.eval()
         metrics: Metrics = {}
-        items: dict[str, Any] = {}  # Any: JSON data
+        items: dict[str, Any] = {}
         for name, pairs in self.asked.items():
-            metrics |= self._ask(model, name, pairs, items)
-        if self.valid:
+            if only is None or name in only:
+                metrics |= self._ask(model, name, pairs, items)
+        if self.valid and (only is None or "valid" in only):
             metrics["valid/bpb"] = self._score(model, self.valid).bits_per_byte
         for name, documents in self.tests.items():
+            if only is not None and name not in only:
+                continue
             counts = np.array([len(ids) for ids in encoded(documents, self.ctx.tokenizer)])
-            for label, heads in {"": None, **_heads(documents, conditions)}.items():
+            for label, heads in {"": None, **_heads(documents, conditions or {})}.items():
                 scored = self._score(model, documents, heads)
                 place = f"eval/{name}/{label}" if label else f"eval/{name}"
                 metrics[f"{place}/bpb"] = scored.bits_per_byte
@@ -152,6 +161,11 @@ class Evaluation:
                 # Divided by the mean count, documents average to the figure of the whole set.
                 values = scored.nats / math.log(2) / scored.counts.mean()
                 items[f"{place}/bpb"] = {"ids": [d.id for d in documents], "values": values.tolist()}
+        return metrics, items
+
+    def final(self, model: nn.Module, conditions: Mapping[str, Condition], run: Run) -> Metrics:
+        """Score every set; write the run's files and return the metrics."""
+        metrics, items = self.score(model, conditions)
         run.write_json("items.json", items)
         if self.trajectory:
             run.write_json("trajectory.json", {"x": "tokens", "series": self.trajectory})

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from headwater.core.optim import OptimSpec
+from headwater.core.recipe import Metrics
 from headwater.modalities.text.docs import Document
 from headwater.modalities.text.examples import Formatter
 
-__all__ = ["Condition", "Controller", "Corpus", "Reading"]
+__all__ = ["Condition", "Controller", "Corpus", "Reading", "Scoring"]
 
 Condition = Callable[[Document], Sequence[int] | None]
 """Tokens that stand before a held-out document when it is scored; None where there are none for it."""
@@ -20,6 +22,14 @@ Condition = Callable[[Document], Sequence[int] | None]
 Controller = Callable[[Sequence[Mapping[str, float]]], Sequence[float]]
 """From the losses of all ``watched`` documents at the beginning of this phase and of every phase before that was
 weighed like it, in nats per target, the latest last, to the share of each table. A pure function."""
+
+
+class Scoring(Protocol):
+    """The family's figures of a model on what is held out, which the caller does not see."""
+
+    def __call__(self, model: nn.Module, *, only: Collection[str] | None = None) -> tuple[Metrics, dict[str, Any]]:
+        """Metrics of all sets, or ``only`` some, and ``ids`` and ``values`` of the items of each that is a mean."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Corpus:
         watched: validation documents by name, whose losses controllers are told.
         midway: further figures of the model on its way, taken at ``eval_at`` into the trajectory; named ``valid/...``.
         examine: further figures of the trained model, which the base takes before it saves it.
+        compare: scores further models as the trained one was, after it; the figures it returns join the run's.
         usage: how the model must be called, as JSON data, saved as ``model/corpus.json``; none where it is called as
             any other.
         readme: the same in words.
@@ -77,6 +88,7 @@ class Corpus:
     watched: Mapping[str, Sequence[Document]] = field(default_factory=dict)
     midway: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
     examine: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
+    compare: Callable[[Scoring], Mapping[str, float]] | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON data
     readme: str = ""
     files: tuple[str, ...] = ()
