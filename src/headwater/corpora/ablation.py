@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from email.utils import parsedate
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -183,11 +184,14 @@ def make_variants(base: Sequence[StepSpec], axes: Sequence[AblationAxis], cross:
 
 
 def year_of(value: Any) -> int | None:  # Any: what documents' metadata hold
-    """The year of a date: a whole number, the digits of one, or anything in ISO 8601; None for what is no date.
+    """The year of a date; None for what is no date.
+
+    Args:
+        value: a whole number or its digits, a date in ISO 8601, or one that names its month in English, as in e-mail.
 
     Example:
-        >>> year_of(2019), year_of("2019"), year_of("2019-05-01T10:00:00Z"), year_of("May"), year_of(None)
-        (2019, 2019, 2019, None, None)
+        >>> year_of(2019), year_of("2019-05-01T10:00:00Z"), year_of("13-Jun-2000"), year_of("May"), year_of(None)
+        (2019, 2019, 2000, None, None)
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
@@ -201,7 +205,9 @@ def year_of(value: Any) -> int | None:  # Any: what documents' metadata hold
     try:
         return datetime.fromisoformat(text).year
     except ValueError:
-        return None
+        named = re.sub(r"(?<=\d)-(?=[A-Za-z])|(?<=[A-Za-z])-(?=\d)", " ", text)
+        found = parsedate(named) or parsedate(f"{named} 00:00:00")  # a date without a time is none to parsedate
+        return found[0] if found else None
 
 
 def ablation_table(results: Mapping[str, Mapping[str, ArrayLike]]) -> pd.DataFrame:
