@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Two processes of one thread each: small models gain nothing from more.
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# Two processes of one thread each: small models gain nothing from more. A file's fixtures are made by one of them.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint format docs evidence clean
 

@@ -18,14 +18,6 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, which makes its fixtures once; the contract's go recipe by recipe."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 SYLLABLES = {
     "domain": ["graph", "node", "edge", "path", "tree", "flow", "cut"],
     "general": ["sum", "mean", "row", "axis", "sort", "fill", "cast"],
