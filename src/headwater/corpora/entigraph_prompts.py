@@ -7,15 +7,12 @@ cache of prompts reads a document once for all its relations.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Self
 
 from pydantic import Field, field_validator
 
-from headwater.core.recipe import RecipeError, Spec
-from headwater.modalities.text.docs import CorpusError, Document
+from headwater.corpora.wording import Wording
+from headwater.modalities.text.docs import Document
 from headwater.modalities.text.generate import Message
 
 __all__ = ["Prompts", "split_document"]
@@ -39,7 +36,7 @@ _RETELL = (
 )
 
 
-class Prompts(Spec):
+class Prompts(Wording):
     """System messages, and how a document is shown. ``Prompts.read`` takes another wording from a TOML file."""
 
     extract: str = Field(default=_EXTRACT, description="system message that asks for JSON with summary and entities")
@@ -72,20 +69,6 @@ class Prompts(Spec):
         if value.count("{entities}") != 1 or value.index("{entities}") < value.index("{document}"):
             raise ValueError(f"must hold {{entities}} once, after {{document}}; got {value!r}")
         return value
-
-    @classmethod
-    def read(cls, path: Path | None) -> Self:
-        """The wording of a TOML file with some of the fields; our own where there is no file.
-
-        Raises:
-            CorpusError: no such file, not TOML, an unknown field, or a place that is missing.
-        """
-        if path is None:
-            return cls()
-        try:
-            return cls(**tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecipeError) as error:
-            raise CorpusError(f"prompts: {path} cannot be used: {error}") from error
 
     def messages(self, task: str, document: Document, entities: Sequence[str] = ()) -> tuple[Message, ...]:
         """A question about a document.

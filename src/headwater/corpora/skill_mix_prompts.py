@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from headwater.core.recipe import RecipeError, Spec
 from headwater.corpora.skill_mix_skills import Combination, Skill
-from headwater.modalities.text.docs import CorpusError
+from headwater.corpora.wording import Wording
 from headwater.modalities.text.generate import Message
 
 __all__ = ["SkillMixPrompts"]
@@ -44,7 +41,7 @@ _PLACES = ("skills", "names", "topic", "sentences", "k", "text")
 _PLACE = re.compile("{(" + "|".join(_PLACES) + ")}")
 
 
-class SkillMixPrompts(Spec):
+class SkillMixPrompts(Wording):
     """Messages with places in braces. ``SkillMixPrompts.read`` takes another wording from a TOML file.
 
     ``{skills}`` is a numbered list with definitions and examples, ``{names}`` the names alone, ``{topic}`` the topic,
@@ -68,20 +65,6 @@ class SkillMixPrompts(Spec):
             if "text" in _PLACE.findall(getattr(self, field)):
                 raise ValueError(f"{field} must not hold {{text}}: there is none yet, or it stands before")
         return self
-
-    @classmethod
-    def read(cls, path: Path | None) -> Self:
-        """The wording of a TOML file with some of the fields; our own where there is no file.
-
-        Raises:
-            CorpusError: no such file, not TOML, an unknown field, or a place that is missing.
-        """
-        if path is None:
-            return cls()
-        try:
-            return cls(**tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecipeError) as error:
-            raise CorpusError(f"prompts: {path} cannot be used: {error}") from error
 
     def message(self, task: str, combination: Combination, text: str = "") -> Message:
         """A user's turn: ``write``, ``improve`` or ``grade``, the last about a text."""
